@@ -1,0 +1,79 @@
+"""Which layers each pipeline stage holds, and which of them it recomputes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.layout import Layout
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One model chunk on one pipeline rank. Layers are numbered over the whole model, from 0."""
+
+    index: int
+    """Position in the order in which a token passes the stages."""
+    pipeline_rank: int
+    chunk: int
+    """Which of the rank's model chunks (virtual pipeline stage)."""
+    layers: tuple[int, ...]
+    moe_layers: tuple[int, ...]
+    recompute_num_layers: int
+    """What Megatron-Core is told: layers to recompute (`block`), or layers a recomputed group (`uniform`)."""
+    recomputed: int
+    """Layers that the backward pass computes again."""
+    has_embedding: bool
+    has_loss: bool
+
+
+def moe_layers(experiment: Experiment) -> tuple[int, ...]:
+    """Numbers of the layers that hold experts; empty for a dense model."""
+    if experiment.moe is None:
+        return ()
+    frequency = experiment.moe.moe_layer_freq
+    layers = range(experiment.model.num_layers)
+    if isinstance(frequency, int):
+        return tuple(layer for layer in layers if layer % frequency == 0)
+    assert len(frequency) == len(layers)
+    return tuple(layer for layer in layers if frequency[layer])
+
+
+def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
+    """The PP x VPP stages of a filled experiment in token order: stage i is chunk i // PP of rank i % PP."""
+    layout = Layout.of(experiment)
+    pipeline_size = layout.pipeline_model_parallel_size
+    sizes = experiment.pipeline.layers_per_stage
+    recompute_counts = experiment.recompute.layers_per_stage
+    assert sizes is not None and len(sizes) == layout.num_stages
+    assert recompute_counts is not None and len(recompute_counts) == pipeline_size
+
+    with_experts = frozenset(moe_layers(experiment))
+    stages = []
+    first = 0
+    for index, size in enumerate(sizes):
+        layers = tuple(range(first, first + size))
+        first += size
+        count = recompute_counts[index % pipeline_size]
+        stages.append(
+            Stage(
+                index=index,
+                pipeline_rank=index % pipeline_size,
+                chunk=index // pipeline_size,
+                layers=layers,
+                moe_layers=tuple(layer for layer in layers if layer in with_experts),
+                recompute_num_layers=count,
+                recomputed=_recomputed(experiment.recompute.method, count, size),
+                has_embedding=index == 0,
+                has_loss=index == layout.num_stages - 1,
+            )
+        )
+    owned = [layer for stage in stages for layer in stage.layers]
+    assert owned == list(range(experiment.model.num_layers)), "each layer belongs to exactly one stage"
+    return tuple(stages)
+
+
+def _recomputed(method: str, count: int, layers: int) -> int:
+    if method == "uniform":
+        return layers if count else 0
+    return min(count, layers)

@@ -1,0 +1,59 @@
+"""Numbers and lists of ranks in few words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_SHOWN_RUNS = 4
+
+
+def parameter_count(value: int) -> str:
+    """A count in three to four digits: `146.4 B`, `13.85 M`, `512`."""
+    return _scaled(value, ("", " K", " M", " B", " T"))
+
+
+def flops(value: float) -> str:
+    """Operations in three to four digits: `157.9 GFLOP`."""
+    return _scaled(value, (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    exponent = 0
+    while float(f"{value:.4g}") >= 1000 and exponent < len(units) - 1:
+        value /= 1000
+        exponent += 1
+    return f"{value:#.4g}{units[exponent]}" if exponent else f"{value:.4g}{units[0]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 rank`, `1,536 ranks`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def number_list(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours joined, a long list cut: `0-3`, `0, 4, …, 1532`; empty for none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    if len(texts) > _SHOWN_RUNS:
+        texts = [*texts[:2], "…", texts[-1]]
+    return ", ".join(texts)
+
+
+def group_list(groups: Sequence[Sequence[int]], width: int) -> str:
+    """Groups of ranks: the first ones that fit into `width`, and the last: `0-3 | 4-7 | … | 1532-1535`."""
+    texts = [number_list(sorted(group)) for group in groups]
+    everything = " | ".join(texts)
+    if len(everything) <= width:
+        return everything
+    end = ["…", texts[-1]]
+    shown = texts[:1]
+    for text in texts[1:-2]:
+        if len(" | ".join([*shown, text, *end])) > width:
+            break
+        shown.append(text)
+    return " | ".join([*shown, *end])
