@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-import pytest
 
 from megatron_moe.config.schema import Experiment
 
@@ -39,8 +36,3 @@ def filled(**sections: dict[str, Any] | None) -> Experiment:
     for section, keys in sections.items():
         document[section] = None if keys is None else {**(document.get(section) or {}), **keys}
     return Experiment.model_validate(document)
-
-
-@pytest.fixture
-def make_experiment() -> Callable[..., Experiment]:
-    return filled
