@@ -1,0 +1,77 @@
+"""Process groups: torch.distributed and Megatron-Core's parallel state, made from a `Layout`."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe.engine.device import Device
+from megatron_moe.plan.layout import Layout
+
+
+def initialize_process_group(device: Device, timeout_s: int) -> None:
+    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Does nothing if already joined."""
+    if dist.is_initialized():
+        return
+    dist.init_process_group(
+        backend=device.backend,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout_s),
+        device_id=None if device.is_host else device.torch_device,
+    )
+
+
+def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None:
+    """Build Megatron-Core's groups for `layout` and seed this rank's random states.
+
+    The process group must exist and have `layout.world_size` ranks.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    assert dist.get_world_size() == layout.world_size
+    virtual = layout.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        distributed_timeout_minutes=max(1, timeout_s // 60),
+        # The optimizer's resharding checkpoint gathers over gloo groups also where NCCL is the backend.
+        create_gloo_process_groups=True,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy() -> None:
+    """Leave every group, so that another layout can be built in the same processes."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Leave torch.distributed."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def collection() -> Any:
+    """Megatron-Core's collection of all groups of this rank."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def any_rank(flag: bool, device: Device) -> bool:
+    """Whether `flag` is set on any rank; a collective over all ranks."""
+    value = torch.tensor([1 if flag else 0], dtype=torch.int32, device=device.torch_device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())

@@ -1,0 +1,98 @@
+"""Initial weights, drawn by name, so that they don't depend on the layout.
+
+Megatron-Core draws each rank's weights from that rank's random state, in the order in which it builds them: another layout, another
+model. Here every weight has a random state of its own, seeded by (training.seed, its global name). A rank draws the full matrix and
+keeps its part, so that any two layouts start from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.stages import Stage
+
+RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2)(\.weight)?$")
+"""Projections back into the residual stream, scaled down by depth (GPT-2, sec. 2.3)."""
+
+
+@torch.no_grad()
+def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> None:
+    """Draw every weight of `chunk` in place: normal(0, init_method_std); norms 1; biases 0.
+
+    Args:
+        chunk: a GPTModel whose layers are those of `stage`.
+    """
+    model = experiment.model
+    for name, parameter in chunk.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        std = model.init_method_std / (math.sqrt(2 * model.num_layers) if RESIDUAL.search(name) else 1.0)
+        # Gate and up-projection lie one behind the other, and each is cut.
+        blocks = 2 if "linear_fc1" in name and model.activation in ("swiglu", "geglu") else 1
+        for piece, piece_name in _pieces(_global_name(name, stage, not model.untie_embeddings_and_output_weights), parameter):
+            full_shape, part = _part_of_this_rank(parameter, piece.shape, blocks)
+            generator = torch.Generator().manual_seed(_seed(experiment.training.seed, piece_name))
+            full = torch.empty(full_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+            piece.copy_(part(full))
+
+
+def _global_name(name: str, stage: Stage, tied: bool) -> str:
+    """`decoder.layers.0.x` of this stage -> `decoder.layers.<global number>.x`; a tied output layer is the embedding."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if name == "output_layer.weight" and tied:
+        return "embedding.word_embeddings.weight"
+    return f"decoder.layers.{stage.layers[int(match[1])]}.{match[2]}" if match else name
+
+
+def _pieces(name: str, parameter: Tensor) -> Iterator[tuple[Tensor, str]]:
+    """Each separately seeded matrix inside a parameter: the local experts one by one, else the parameter itself."""
+    if ".experts." not in name or parameter.dim() != 3:
+        yield parameter, name
+        return
+    from megatron.core import parallel_state
+
+    first = parallel_state.get_expert_model_parallel_rank() * parameter.size(0)
+    for index in range(parameter.size(0)):
+        yield parameter[index], f"{name}.{first + index}"
+
+
+def _part_of_this_rank(
+    parameter: Tensor, shape: torch.Size, blocks: int
+) -> tuple[list[int], Callable[[Tensor], Tensor]]:
+    """The shape of the full matrix, and the function that cuts this tensor-parallel rank's part out of it."""
+    from megatron.core import parallel_state
+
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return list(shape), lambda full: full
+    if getattr(parameter, "allreduce", True):
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
+    else:
+        rank, size = (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    # A stacked parameter [e, out, in] is cut along the dimension of the single matrix.
+    dim = parameter.partition_dim - (parameter.dim() - len(shape))  # type: ignore[attr-defined]
+    full_shape = list(shape)
+    full_shape[dim] *= size
+
+    def cut(full: Tensor) -> Tensor:
+        return torch.cat([block.chunk(size, dim=dim)[rank] for block in full.chunk(blocks, dim=dim)], dim=dim)
+
+    return full_shape, cut
+
+
+def _seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)

@@ -1,0 +1,64 @@
+"""The layer specs of this rank: which building block stands where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.engine.versions import moe_submodules
+from megatron_moe.model.attention import CoreAttention
+from megatron_moe.model.norms import Norm
+from megatron_moe.plan.stages import Stage
+
+
+def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
+    """Megatron-Core's block spec with one layer spec for each layer of `stage`, dense or MoE."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    if experiment.model.spec == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+        from megatron.core.transformer.custom_layers.transformer_engine import TENorm
+
+        make, norm = get_gpt_layer_with_transformer_engine_spec, TENorm
+        arguments: dict[str, Any] = dict(qk_layernorm=config.qk_layernorm)
+        dense = make(**arguments)
+        moe = make(num_experts=config.num_moe_experts, moe_grouped_gemm=True, **arguments) if experiment.moe else None
+    else:
+        norm = Norm
+        dense = native_layer_spec(config, num_experts=None)
+        moe = native_layer_spec(config, num_experts=config.num_moe_experts) if experiment.moe else None
+    if moe is not None:
+        _use_our_router(moe)
+    return TransformerBlockSubmodules(
+        layer_specs=[moe if layer in stage.moe_layers else dense for layer in stage.layers], layer_norm=norm
+    )
+
+
+def native_layer_spec(config: Any, num_experts: int | None) -> Any:
+    """A transformer layer that needs neither Transformer Engine nor apex."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=num_experts, normalization=config.normalization, qk_layernorm=config.qk_layernorm
+    )
+    parts = spec.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+    # In the checkpoint norms are named as Transformer Engine's spec names them, fused into the linear layer behind them.
+    parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if num_experts is None:
+        parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    attention = parts.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = Norm
+    if num_experts is not None:
+        from megatron_moe.model.moe.experts import Experts
+
+        moe_submodules(parts.mlp).experts = Experts
+    return spec
+
+
+def _use_our_router(layer_spec: Any) -> None:
+    from megatron_moe.model.moe.router import Router
+
+    moe_submodules(layer_spec.submodules.mlp).router = Router

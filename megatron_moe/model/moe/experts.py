@@ -1,0 +1,130 @@
+"""The routed experts of one rank, computed as grouped products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moe.model.moe.grouped_linear import grouped_linear
+
+
+class Experts(torch.nn.Module):
+    """Feed-forward experts: fc2_e(p * act(fc1_e x)) for each token x with gate weight p.
+
+    Stands where Megatron-Core's specs have `experts`. Its SequentialMLP runs a module an expert; here the weights of all local
+    experts are two parameters. The checkpoint holds them under the same keys and in the same global shape as SequentialMLP's,
+    [.., experts, out, in] with the gate's rows before the up-projection's.
+
+    Args:
+        num_local_experts: experts e of this rank.
+        config: TransformerConfig.
+        pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
+
+    Parameters:
+        linear_fc1: [e, g * f, h], f inner width of this expert-tensor-parallel rank, g = 2 where the activation is gated, else 1.
+        linear_fc2: [e, h, f].
+    """
+
+    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.groups = pg_collection
+        self.num_local_experts = num_local_experts
+        self.gates = 2 if config.gated_linear_unit else 1
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        self.linear_fc1 = self._parameter((num_local_experts, self.gates * width, config.hidden_size), dim=1)
+        self.linear_fc2 = self._parameter((num_local_experts, config.hidden_size, width), dim=2)
+
+    def _parameter(self, shape: tuple[int, ...], dim: int) -> torch.nn.Parameter:
+        """An uninitialised weight whose gradient is reduced over the experts' own replicas."""
+        parameter = torch.nn.Parameter(
+            torch.empty(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+        )
+        marks = dict(
+            allreduce=False,  # Megatron-Core's mark of an expert parameter: replicas are the expert-data-parallel group
+            tensor_model_parallel=True,  # no other rank holds a copy that would count twice in the gradient norm
+            partition_dim=dim,
+            partition_stride=self.gates if dim == 1 else 1,
+        )
+        for name, value in marks.items():
+            setattr(parameter, name, value)
+        return parameter
+
+    def forward(
+        self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Args:
+            tokens: [t, h], sorted by local expert.
+            tokens_per_expert: [e].
+            probs: [t] gate weights.
+
+        Returns:
+            [t, h], and no bias.
+        """
+        inner = grouped_linear(tokens, self.linear_fc1, tokens_per_expert)
+        if self.gates == 2:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.config.activation_func(gate) * up
+        else:
+            inner = self.config.activation_func(inner)
+        inner = (inner * probs.unsqueeze(-1)).to(tokens.dtype)
+        return grouped_linear(inner, self.linear_fc2, tokens_per_expert), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are not delayed."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Where this rank's weights lie in the global [.., experts, out, in] tensors."""
+        from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+        def factory(name: str, parameter: torch.nn.Parameter, build: Any, merge: Any) -> Any:
+            # Only one of the replicas writes: rank 0 of the expert-data-parallel group.
+            return ShardedTensorFactory(
+                f"{prefix}experts.{name}.weight",
+                parameter,
+                lambda key, data, replica_id, flattened_range: build(key, data, replica_id, sharded_offsets),
+                merge,
+                (0, 0, self.groups.expt_dp.rank()),
+            )
+
+        return {
+            f"{prefix}linear_fc1": factory("linear_fc1", self.linear_fc1, self._shard_fc1, self._merge_fc1),
+            f"{prefix}linear_fc2": factory("linear_fc2", self.linear_fc2, self._shard_fc2, lambda shards: shards[0]),
+        }
+
+    def _shard_fc1(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
+        tensor_rank, tensor_size = self.groups.expt_tp.rank(), self.groups.expt_tp.size()
+        parts = data.chunk(self.gates, dim=1)
+        return [
+            self._shard(key, part, (1, index * tensor_size + tensor_rank, self.gates * tensor_size), replica_id, offsets)
+            for index, part in enumerate(parts)
+        ]
+
+    def _merge_fc1(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards, dim=1)
+
+    def _shard_fc2(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
+        tensor = (2, self.groups.expt_tp.rank(), self.groups.expt_tp.size())
+        return [self._shard(key, data, tensor, replica_id, offsets)]
+
+    def _shard(
+        self, key: str, data: Tensor, tensor: tuple[int, int, int], replica_id: Any, offsets: tuple[Any, ...]
+    ) -> Any:
+        """One piece: its place among the experts, and `tensor` = (axis, piece, pieces) within each expert's matrix."""
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        axis, piece, pieces = tensor
+        leading = len(offsets)
+        return ShardedTensor.from_rank_offsets(
+            key,
+            data,
+            *offsets,
+            (leading, self.groups.ep.rank(), self.groups.ep.size()),
+            (leading + axis, piece, pieces),
+            replica_id=replica_id,
+            prepend_axis_num=leading,
+        )

@@ -1,0 +1,130 @@
+"""Megatron-Core's TransformerConfig for one rank, made from the experiment and the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.plan import Plan
+
+ACTIVATIONS: dict[str, tuple[Any, bool]] = {
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "gelu": (F.gelu, False),
+    "relu": (F.relu, False),
+    "squared_relu": (lambda x: torch.square(F.relu(x)), False),
+}
+"""`model.activation` -> (function, whether a second projection gates it)."""
+
+
+def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, dtype: torch.dtype) -> Any:
+    """The TransformerConfig of the ranks of one pipeline rank.
+
+    Pipeline ranks may recompute different numbers of layers, so that each has a config of its own.
+    """
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        **_model_fields(experiment, dtype),
+        **_moe_fields(experiment),
+        **_parallel_fields(experiment, plan),
+        **_recompute_fields(experiment, plan, pipeline_rank),
+        **experiment.model.megatron_core,
+    )
+
+
+def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
+    model = experiment.model
+    activation, gated = ACTIVATIONS[model.activation]
+    return dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization=model.normalization,
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        add_bias_linear=False,
+        # Weights are drawn by `model.initialization`, by name, so that they don't depend on the layout. Megatron-Core must believe
+        # that it initialises, or it leaves the marks of tensor parallelism off the parameters.
+        init_method=_leave_to_initialization,
+        output_layer_init_method=_leave_to_initialization,
+        embedding_init_method=_leave_to_initialization,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _leave_to_initialization(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _moe_fields(experiment: Experiment) -> dict[str, Any]:
+    moe = experiment.moe
+    if moe is None:
+        return {}
+    return dict(
+        num_moe_experts=moe.num_moe_experts,
+        moe_router_topk=moe.moe_router_topk,
+        moe_ffn_hidden_size=moe.moe_ffn_hidden_size,
+        moe_layer_freq=moe.moe_layer_freq,
+        moe_shared_expert_intermediate_size=moe.moe_shared_expert_intermediate_size,
+        moe_router_load_balancing_type=moe.moe_router_load_balancing_type,
+        moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
+        moe_z_loss_coeff=moe.moe_z_loss_coeff or None,
+        moe_router_pre_softmax=moe.moe_router_pre_softmax,
+        moe_router_dtype=moe.moe_router_dtype,
+        moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
+        moe_token_drop_policy=moe.moe_token_drop_policy,
+        moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
+    )
+
+
+def _parallel_fields(experiment: Experiment, plan: Plan) -> dict[str, Any]:
+    parallel, layout = experiment.parallel, plan.layout
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Batched sends pair wrongly where the next and the previous stage are one rank (PP2 with VPP); single ones are right.
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+    )
+    if layout.virtual_pipeline_model_parallel_size > 1:
+        fields["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline_model_parallel_size
+    if layout.pipeline_model_parallel_size > 1:
+        fields["pipeline_model_parallel_layout"] = [
+            ["embedding"] * stage.has_embedding + ["decoder"] * len(stage.layers) + ["loss"] * stage.has_loss
+            for stage in plan.stages
+        ]
+    return fields
+
+
+def _recompute_fields(experiment: Experiment, plan: Plan, pipeline_rank: int) -> dict[str, Any]:
+    count = max(stage.recompute_num_layers for stage in plan.stages if stage.pipeline_rank == pipeline_rank)
+    if count == 0:
+        return {}
+    return dict(
+        recompute_granularity="full",
+        recompute_method=experiment.recompute.method,
+        recompute_num_layers=count,
+    )

@@ -1,0 +1,42 @@
+"""A microbatch through this rank's model chunk, and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+
+def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
+    """Megatron-Core's forward step: run one microbatch, return the output and the function that makes the loss of it.
+
+    A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target (padding, prompt).
+    Such tokens count neither in the loss nor in the router's losses and statistics.
+    """
+    batch = next(batches)
+    loss_mask = batch["loss_mask"]
+    # Every stage gets the mask: routers stand on all of them.
+    padding_mask = None if bool(loss_mask.all()) else loss_mask == 0
+    output = chunk(
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"],
+        **({} if padding_mask is None else {"padding_mask": padding_mask}),
+    )
+    return output, partial(_loss, loss_mask)
+
+
+def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the token losses, number of targets, and a report [2] of both for the metrics.
+
+    Megatron-Core divides the sum by the targets and the microbatches, in place: the report is a copy.
+    """
+    mask = loss_mask.reshape(-1).float()
+    total = (losses.float().reshape(-1) * mask).sum()
+    targets = mask.sum()
+    return total, targets.to(torch.int), torch.stack([total.detach().double(), targets.double()]).clone()
