@@ -18,7 +18,7 @@ from megatron_moe.plan.stages import Stage
 from megatron_moe.plan.wording import flops, group_list, number_list, parameter_count, plural
 
 _SHOWN_EXPERT_ROWS = 8
-_RANKS_WIDTH = 44
+_RANKS_WIDTH = 43
 
 _AXES: dict[GroupKind, str] = {"tp": "TP", "cp": "CP", "dp": "DP", "pp": "PP"}
 _EXPERT_AXES: dict[GroupKind, str] = {"expert_tp": "ETP", "ep": "EP", "expert_dp": "expert replicas"}
@@ -110,7 +110,7 @@ def _print_experts(console: Console, plan: Plan) -> None:
         for experts, ranks in holders.items()
     ]
     if len(rows) > _SHOWN_EXPERT_ROWS:
-        rows = [*rows[: _SHOWN_EXPERT_ROWS - 2], ("…", "…", "…"), rows[-1]]
+        rows = [*rows[: _SHOWN_EXPERT_ROWS - 2], ("...", "...", "..."), rows[-1]]
     table = _table()
     table.add_column("experts", no_wrap=True)
     table.add_column("held by", no_wrap=True, justify="right")

@@ -31,7 +31,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def number_list(numbers: Sequence[int]) -> str:
-    """Ascending numbers, neighbours joined, a long list cut: `0-3`, `0, 4, …, 1532`; empty for none."""
+    """Ascending numbers, neighbours joined, a long list cut: `0-3`, `0, 4 ... 1532`; empty for none."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -40,17 +40,17 @@ def number_list(numbers: Sequence[int]) -> str:
             runs.append([number])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
     if len(texts) > _SHOWN_RUNS:
-        texts = [*texts[:2], "…", texts[-1]]
+        return f"{texts[0]}, {texts[1]} ... {texts[-1]}"
     return ", ".join(texts)
 
 
 def group_list(groups: Sequence[Sequence[int]], width: int) -> str:
-    """Groups of ranks: the first ones that fit into `width`, and the last: `0-3 | 4-7 | … | 1532-1535`."""
+    """Groups of ranks: the first ones that fit into `width`, and the last: `0-3 | 4-7 | ... | 1532-1535`."""
     texts = [number_list(sorted(group)) for group in groups]
     everything = " | ".join(texts)
     if len(everything) <= width:
         return everything
-    end = ["…", texts[-1]]
+    end = ["...", texts[-1]]
     shown = texts[:1]
     for text in texts[1:-2]:
         if len(" | ".join([*shown, text, *end])) > width:

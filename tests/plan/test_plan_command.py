@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,7 +80,7 @@ def test_axes_over_the_same_ranks_share_a_row(capsys: pytest.CaptureFixture[str]
         ([5], "5"),
         ([0, 1, 2, 3], "0-3"),
         ([0, 1, 4, 5], "0-1, 4-5"),
-        (list(range(0, 40, 4)), "0, 4, …, 36"),
+        (list(range(0, 40, 4)), "0, 4 ... 36"),
     ],
 )
 def test_lists_of_numbers_are_short(numbers: list[int], text: str) -> None:
@@ -88,7 +90,7 @@ def test_lists_of_numbers_are_short(numbers: list[int], text: str) -> None:
 def test_group_lists_show_what_fits_and_the_last() -> None:
     groups = [[2 * i, 2 * i + 1] for i in range(100)]
     assert wording.group_list(groups[:2], 20) == "0-1 | 2-3"
-    assert wording.group_list(groups, 30) == "0-1 | 2-3 | 4-5 | … | 198-199"
+    assert wording.group_list(groups, 32) == "0-1 | 2-3 | 4-5 | ... | 198-199"
 
 
 @pytest.mark.parametrize(
@@ -105,3 +107,15 @@ def test_planning_imports_no_torch() -> None:
         "sys.exit(any(name.split('.')[0] in ('torch', 'megatron', 'numpy') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_plan_prints_on_a_terminal_without_unicode() -> None:
+    script = (
+        "from types import SimpleNamespace; from plan_experiments import filled; "
+        "from megatron_moe.plan import command; "
+        "experiment = filled(parallel={'tensor_model_parallel_size': 4, 'data_parallel_size': 32}); "
+        "command.run(SimpleNamespace(experiment=experiment), None, False)"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, stdout=subprocess.DEVNULL)
