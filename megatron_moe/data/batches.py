@@ -1,0 +1,90 @@
+"""Which samples a step trains on, and a replica's share of them as microbatches.
+
+The order is a function of the seed and of the number of samples consumed, and of nothing else: not of the
+length of the run, of the number of replicas or of the micro batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Samples(Protocol):
+    """Training samples by index. Each has `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s]
+    float32."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+
+class SampleOrder:
+    """Sample i of a run, as an index into a dataset of `length` samples: epoch i // length, and there a place
+    in its order."""
+
+    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
+        self._length = length
+        self._seed = seed
+        self._shuffle = shuffle
+        self._epoch = -1
+        self._permutation: NDArray[Any] = np.zeros(0, np.uint32)
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self._length)
+        if not self._shuffle:
+            return place
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+            self._permutation = generator.permutation(np.arange(self._length, dtype=np.uint32))
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class Microbatches:
+    """One replica's microbatches, without end, from `consumed_samples` on.
+
+    Microbatch m of replica r in global batch g holds the samples g x GBS + m x (MBS x DP) + r x MBS and the
+    MBS - 1 after it. So a global batch falls into the same microbatches for every DP. Each is a dict of the
+    samples' tensors, stacked to [b, s].
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        seed: int,
+        consumed_samples: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        shuffle: bool = True,
+    ) -> None:
+        """`shuffle` False: the samples in the dataset's order, as validation wants them."""
+        assert global_batch_size % (micro_batch_size * data_parallel_size) == 0, (
+            "global batch must divide into microbatches"
+        )
+        assert 0 <= data_parallel_rank < data_parallel_size
+        self._dataset = dataset
+        self._order = SampleOrder(len(dataset), seed, shuffle)
+        self._micro_batch_size = micro_batch_size
+        self._stride = micro_batch_size * data_parallel_size
+        # A global batch is a whole number of strides, so it need not be counted.
+        self._next = consumed_samples + data_parallel_rank * micro_batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        samples = [
+            self._dataset[self._order[index]]
+            for index in range(self._next, self._next + self._micro_batch_size)
+        ]
+        self._next += self._stride
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -1,0 +1,122 @@
+"""Train a sentencepiece tokenizer on the corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_moe.config.errors import InputError
+from megatron_moe.data.documents import InputFile, texts
+from megatron_moe.data.staging import staging, sync_folder
+
+TRAINING_BYTES = 256 << 20
+"""At most so much text is learned from, an equal share of each input from its beginning: the trainer holds it
+in memory."""
+
+_LONGEST_SENTENCE = 1000
+"""Characters. Sentencepiece leaves out sentences of more than 4192 bytes, and a character has up to 4."""
+_RESERVED = re.compile("[\\n\\r\\t\\0\u2047\u2581]")
+"""Sentencepiece leaves out sentences that hold one of the control characters; none of these should become
+part of a piece."""
+
+
+def train_sentencepiece(inputs: Sequence[str], vocab_size: int, output: Path, json_key: str = "text") -> None:
+    """Train a BPE model of exactly `vocab_size` ids on the text of `inputs` and write it to `output`, whole
+    or not at all.
+
+    The text is taken as it is, and what has no piece is spelled in bytes: every text comes back from its ids
+    unchanged.
+    Ids: 0 unknown (never used), 1 end of document, 2 padding, 3-258 bytes, then pieces. The same input gives
+    the same bytes.
+    InputError for inputs as `preprocess`, and for a vocabulary that is too large or too small for the text.
+    """
+    model = _train(_sentences(inputs, json_key), vocab_size)
+    with staging(output, wait=False) as folder:
+        try:
+            with (folder / output.name).open("wb") as stream:
+                stream.write(model)
+                stream.flush()
+                os.fsync(stream.fileno())
+            (folder / output.name).rename(output)
+            sync_folder(output.parent)
+        except OSError as error:
+            raise InputError(f"{output}: cannot write the tokenizer: {error.strerror}") from None
+
+
+def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
+    import sentencepiece
+
+    first = next(sentences, None)
+    if first is None:
+        raise InputError(
+            "no text to train a tokenizer on; give files that hold more than spaces and newlines"
+        )
+
+    def all_sentences() -> Iterator[str]:
+        yield first
+        try:
+            yield from sentences
+        except InputError as error:  # sentencepiece would hand on its text only
+            mistakes.append(error)
+            raise
+
+    model = io.BytesIO()
+    mistakes: list[InputError] = []
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=all_sentences(),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            unk_id=0,
+            eos_id=1,
+            pad_id=2,
+            bos_id=-1,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if mistakes:
+            raise mistakes[0] from None
+        raise _explained(str(error), vocab_size) from None
+    return model.getvalue()
+
+
+def _explained(message: str, vocab_size: int) -> Exception:
+    if largest := re.search(r"too high .*value <= (\d+)", message):
+        return InputError(
+            f"vocab_size: {vocab_size} ids are more than this text gives; "
+            f"the largest that works is {largest[1]}"
+        )
+    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return InputError(
+            f"vocab_size: {vocab_size} ids are too few for the 256 bytes and the characters of this text; "
+            f"the smallest that works is {smallest[1]}"
+        )
+    return RuntimeError(f"sentencepiece could not train a tokenizer: {message}")
+
+
+def _sentences(inputs: Sequence[str], json_key: str) -> Iterator[str]:
+    for path in inputs:
+        left = TRAINING_BYTES // len(inputs)
+        with contextlib.closing(InputFile(path)) as file:
+            for chunk in file.chunks("line", may_split=True):
+                for text in texts(chunk, json_key):
+                    yield from _pieces(text)
+                left -= len(chunk.payload)
+                if left <= 0:
+                    break
+
+
+def _pieces(text: str) -> Iterator[str]:
+    for line in _RESERVED.split(text):
+        for start in range(0, len(line), _LONGEST_SENTENCE):
+            yield line[start : start + _LONGEST_SENTENCE]
