@@ -17,7 +17,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
-InputPath = Annotated[str, Field(json_schema_extra={"path": "input"})]
+InputPath = Annotated[str, Field(min_length=1, json_schema_extra={"path": "input"})]
 """A path that the experiment reads. In a YAML file it is relative to that file, as an override to the working directory."""
 
 
@@ -89,9 +89,9 @@ class MoE(Section):
     """n: every n-th layer is MoE, the first one included. A list of 0 and 1: one entry a layer, 1 is MoE."""
     moe_shared_expert_intermediate_size: PositiveInt | None = None
     """Inner width of the shared experts together, which every token passes. Default: none."""
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
+    moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"
     """The balancing loss. `aux_loss` is the Switch form e * sum_j f_j P_j over one microbatch (1 at perfect balance); by
-    definition it is a function of the microbatch. `seq_aux_loss` takes it over each sequence."""
+    definition it is a function of the microbatch."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.01
     """Weight of the balancing loss."""
     moe_z_loss_coeff: NonNegativeFloat = 0.0
@@ -199,7 +199,7 @@ class Optimizer(Section):
     lr_warmup_iters: NonNegativeInt | None = None
     """Iterations of linear warm-up. Default: lr_warmup_fraction x lr_decay_iters."""
     lr_warmup_fraction: Fraction | None = None
-    """Warm-up as a part of lr_decay_iters. Default: 0."""
+    """Warm-up as a part of lr_decay_iters, instead of lr_warmup_iters. Default: 0."""
     lr_decay_iters: PositiveInt | None = None
     """Iterations until min_lr is reached, the warm-up included. Default: training.train_iters."""
     adam_beta1: Fraction = 0.9
@@ -247,7 +247,7 @@ class Checkpoint(Section):
 class Logging(Section):
     """Where the run folder lies and what is written to it."""
 
-    root: str = "runs"
+    root: Annotated[str, Field(min_length=1)] = "runs"
     """Run folders are made here, relative to the working directory: `<root>/<name>`."""
     detail_interval: PositiveInt = 10
     """Every so many iterations metrics.jsonl also holds lists with one entry a layer."""

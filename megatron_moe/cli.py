@@ -1,0 +1,281 @@
+"""The command line: parse, call one function, print. What a command does is imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_moe import __version__
+
+PROGRAM = "megatron-moe"
+EXIT_CODES = "Exit codes: 0 done; 2 the input is wrong; 75 saved after a termination signal, start me again; 1 anything else."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; the user's mistakes go to stderr, one a line."""
+    from megatron_moe.config.errors import InputError
+
+    args = _parse(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except InputError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Whoever read our output is gone; Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand on both sides of options, which argparse alone cannot read."""
+    parser = build_parser()
+    args, others = parser.parse_known_args(argv)
+    overrides = [other for other in others if "=" in other and not other.startswith("-")]
+    if len(overrides) < len(others) or (overrides and "overrides" not in args):
+        unknown = [other for other in others if other not in overrides] or overrides
+        parser.error(f"{args.command} does not take {' '.join(unknown)}; see {PROGRAM} {args.command} --help")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`, the function that does it."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Train Mixture-of-Experts language models on Megatron-Core, from one YAML file.",
+        epilog=f"{PROGRAM} COMMAND --help explains a command, with an example.\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_validate, _add_plan, _add_train, _add_verify, _add_preprocess):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="the experiment, a YAML file")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="set a key for this time, for example training.train_iters=20",
+    )
+
+
+def _add_validate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "validate",
+        _validate,
+        "check an experiment and print it in full",
+        "Check everything about an experiment that can be checked without a GPU. Prints every mistake with\n"
+        "its line, or the experiment as it would run, with every default filled in.",
+        f"{PROGRAM} validate configs/quickstart.yaml --provenance",
+    )
+    _add_config(parser)
+    parser.add_argument("--provenance", action="store_true", help="say behind each value where it came from")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _plan,
+        "show which rank does what, before anything runs",
+        "Show how an experiment lies on its ranks: groups, pipeline stages, recomputed layers, parameters.\n"
+        "Needs no data, no tokenizer, no GPU and no torch.",
+        f"{PROGRAM} plan configs/quickstart.yaml parallel.pipeline_model_parallel_size=2",
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--gpus", metavar="N", type=_positive_int, help="plan for this many ranks; data parallelism follows"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else")
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "train an experiment, or go on with it",
+        "Train an experiment. Alone, this starts the ranks itself on this machine; under torchrun or srun it\n"
+        "is one of the ranks. A run that was interrupted goes on from its newest checkpoint; a finished one\n"
+        "says so and is left as it is.",
+        f"{PROGRAM} train configs/quickstart.yaml training.train_iters=20",
+    )
+    _add_config(parser)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "verify",
+        _verify,
+        "prove that a layout computes what one process computes",
+        "Train a few steps under the experiment's layout, and again in one process from the same weights and\n"
+        "batches, and compare losses, gradients and updated weights. Exit code 1 if they differ.",
+        f"{PROGRAM} verify configs/quickstart.yaml --steps 3",
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--steps", metavar="N", type=_positive_int, default=3, help="steps to compare (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=_positive_float,
+        default=1e-5,
+        help="largest relative difference at the first step (default: %(default)s)",
+    )
+
+
+def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "preprocess",
+        _preprocess,
+        "turn text and jsonl into token files",
+        "Turn text (.txt) and jsonl files, also .gz, into Megatron's token files PREFIX.bin and PREFIX.idx.",
+        f"{PROGRAM} preprocess --input corpus/tinyshakespeare.txt --documents paragraph --output data/shakespeare "
+        "--vocab-size 2048",
+    )
+    add = parser.add_argument
+    add("--input", metavar="FILE", nargs="+", required=True, help="text or jsonl files")
+    add("--output", metavar="PREFIX", type=Path, required=True, help="where the token files go, without .bin")
+    add(
+        "--tokenizer",
+        choices=("sentencepiece", "bytes"),
+        default="sentencepiece",
+        help="(default: %(default)s)",
+    )
+    add("--tokenizer-model", metavar="FILE", type=Path, help="a sentencepiece model to use")
+    add(
+        "--vocab-size",
+        metavar="N",
+        type=_positive_int,
+        help="train a sentencepiece model of this size on the input",
+    )
+    add(
+        "--json-key",
+        metavar="KEY",
+        default="text",
+        help="where a jsonl record holds its text (default: %(default)s)",
+    )
+    add(
+        "--documents",
+        choices=("file", "line", "paragraph"),
+        default="file",
+        help="what one document is in a text file (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        metavar="N",
+        type=_positive_int,
+        help="processes to use (default: by cores and size of the input)",
+    )
+    add("--no-append-eod", action="store_true", help="put no end-of-document token behind each document")
+
+
+def _positive_int(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return number
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from megatron_moe.config.dump import to_yaml
+    from megatron_moe.config.errors import ConfigError
+    from megatron_moe.config.input_files import missing_files
+    from megatron_moe.config.loading import load
+
+    loaded = load(args.config, args.overrides)
+    if missing := missing_files(loaded):
+        raise ConfigError(*missing)
+    print(f"# {args.config} is valid. In full, as it would run:")
+    print(to_yaml(loaded.experiment, loaded.provenance if args.provenance else None), end="")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from megatron_moe.config.loading import load
+    from megatron_moe.plan.command import run
+
+    run(load(args.config, args.overrides, world_size=args.gpus), args.gpus, args.json)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megatron_moe.launch.command import train
+
+    return train(args.config, args.overrides)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_moe.launch.command import verify
+
+    return verify(args.config, args.overrides, steps=args.steps, tolerance=args.tolerance)
+
+
+def _preprocess(args: argparse.Namespace) -> int:
+    from megatron_moe.data.command import run
+
+    run(
+        args.input,
+        args.output,
+        kind=args.tokenizer,
+        model=args.tokenizer_model,
+        vocab_size=args.vocab_size,
+        json_key=args.json_key,
+        documents=args.documents,
+        append_eod=not args.no_append_eod,
+        workers=args.workers,
+    )
+    return 0

@@ -1,0 +1,256 @@
+"""Every value that the user may leave out because it follows from others.
+
+`DERIVED_KEYS` is the table: one key, one function of the experiment, in an order in which each finds what it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.keys import leaves
+from megatron_moe.config.origin import Problem
+from megatron_moe.config.schema import Experiment
+
+BYTES_VOCAB_SIZE = 257
+"""256 byte values and the end of a document."""
+
+
+class Underivable(Exception):
+    """A default that the other values do not determine, with the problem to report unless a rule does it."""
+
+    def __init__(self, problem: Problem | None = None) -> None:
+        self.problem = problem
+        super().__init__(problem.text if problem else "")
+
+
+def fill(experiment: Experiment, world_size: int | None = None) -> Experiment:
+    """The experiment with a value for every key whose default is derived.
+
+    `world_size` is the number of ranks where it is known (torchrun, srun); it decides the data-parallel size.
+    Raises ConfigError where the values contradict each other so that no default follows.
+    """
+    filled, _, problems = attempt(experiment, world_size)
+    if (contradiction := world_size_problem(filled, world_size)) is not None:
+        problems.append(contradiction)
+    if problems:
+        values = dict(leaves(filled))
+        raise ConfigError(*(problem.render(values, {}) for problem in problems))
+    return filled
+
+
+def attempt(
+    experiment: Experiment, world_size: int | None = None, partial: bool = False
+) -> tuple[Experiment, set[str], list[Problem]]:
+    """`fill`, with the keys that were derived and the problems met.
+
+    A `partial` experiment lacks its broken keys: reading one raises AttributeError, and what depends on it is skipped.
+    The result lacks the keys that could not be derived in the same way.
+    """
+    derived: set[str] = set()
+    problems: list[Problem] = []
+    for key, derive in DERIVED_KEYS:
+        try:
+            if _given(experiment, key):
+                continue
+            value = derive(experiment, world_size)
+        except Underivable as error:
+            problems += [error.problem] if error.problem else []
+            experiment, partial = _without(experiment, key), True
+            continue
+        except AttributeError:
+            if not partial:
+                raise
+            experiment = _without(experiment, key)
+            continue
+        if value is not None:
+            experiment = _with(experiment, key, value)
+            derived.add(key)
+    return experiment, derived, problems
+
+
+def _given(experiment: Experiment, key: str) -> bool:
+    """Whether there is nothing to derive: the user set the key, or its section does not exist."""
+    section, name = key.split(".")
+    holder = getattr(experiment, section)
+    return holder is None or getattr(holder, name) is not None
+
+
+def _with(experiment: Experiment, key: str, value: Any) -> Experiment:
+    section, name = key.split(".")
+    return experiment.model_copy(
+        update={section: getattr(experiment, section).model_copy(update={name: value})}
+    )
+
+
+def _without(experiment: Experiment, key: str) -> Experiment:
+    section, name = key.split(".")
+    holder = getattr(experiment, section, None)
+    if holder is None:
+        return experiment
+    lacking = holder.model_copy()
+    lacking.__dict__.pop(name, None)
+    return experiment.model_copy(update={section: lacking})
+
+
+def _kv_channels(e: Experiment, world_size: int | None) -> int:
+    if e.model.hidden_size % e.model.num_attention_heads:
+        near = nearest_multiples(e.model.hidden_size, e.model.num_attention_heads)
+        raise Underivable(
+            Problem(
+                ("model.hidden_size", "model.num_attention_heads"),
+                "is not divisible by model.num_attention_heads, and model.kv_channels is not set",
+                f"use a hidden_size of {near}, {divisors_of(e.model.hidden_size)} heads, or set model.kv_channels",
+            )
+        )
+    return e.model.hidden_size // e.model.num_attention_heads
+
+
+def _vocab_size(e: Experiment, world_size: int | None) -> int:
+    tokenizer = e.data.tokenizer
+    if tokenizer.kind == "bytes":
+        return BYTES_VOCAB_SIZE
+    if tokenizer.vocab_size is not None:
+        return tokenizer.vocab_size
+    if tokenizer.model is not None:
+        return _sentencepiece_size(tokenizer.model)
+    if e.data.kind == "pretraining":
+        raise Underivable  # rules.tokenizer_said_once says what is missing
+    raise Underivable(
+        Problem(
+            ("model.vocab_size",),
+            "is not set and no tokenizer gives it",
+            "set model.vocab_size, data.tokenizer.vocab_size, or data.tokenizer.model",
+        )
+    )
+
+
+def _sentencepiece_size(path: str) -> int:
+    if not Path(path).is_file():
+        reason = f"there is no such file, so that model.vocab_size does not follow from it ({path})"
+        raise Underivable(
+            Problem(("data.tokenizer.model",), reason, "set model.vocab_size, or name an existing file")
+        )
+    import sentencepiece
+
+    try:
+        return int(sentencepiece.SentencePieceProcessor(model_file=path).vocab_size())
+    except (RuntimeError, OSError) as error:
+        problem = Problem(
+            ("data.tokenizer.model",),
+            "is not a sentencepiece model",
+            "name a file that sentencepiece trained",
+        )
+        raise Underivable(problem) from error
+
+
+def _expert_model_parallel_size(e: Experiment, world_size: int | None) -> int:
+    return 1 if e.moe is None else e.parallel.tensor_model_parallel_size
+
+
+def _data_parallel_size(e: Experiment, world_size: int | None) -> int:
+    p = e.parallel
+    model_ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    if world_size is not None:
+        if world_size % model_ranks:
+            raise Underivable(_ranks_do_not_fit(world_size, model_ranks))
+        return world_size // model_ranks
+    assert p.expert_tensor_parallel_size is not None and p.expert_model_parallel_size is not None
+    experts = p.expert_tensor_parallel_size * p.expert_model_parallel_size
+    return experts // math.gcd(experts, p.tensor_model_parallel_size * p.context_parallel_size)
+
+
+def _ranks_do_not_fit(world_size: int, model_ranks: int) -> Problem:
+    below = world_size // model_ranks * model_ranks
+    counts = " or ".join(str(count) for count in (below, below + model_ranks) if count)
+    keys = tuple(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
+    text = f"times {keys[1]} times {keys[2]} takes {model_ranks} ranks or a multiple of that, but there are {world_size}"
+    return Problem(
+        keys, text, f"start {counts} ranks, or make these three multiply to a divisor of {world_size}"
+    )
+
+
+def _layers_per_stage(e: Experiment, world_size: int | None) -> list[int]:
+    p, layers = e.parallel, e.model.num_layers
+    chunks = p.virtual_pipeline_model_parallel_size or 1
+    stages = p.pipeline_model_parallel_size * chunks
+    if layers % stages == 0:
+        return [layers // stages] * stages
+    if layers < stages:
+        advice = f"use at least {stages} layers, or fewer stages"
+    else:
+        uneven = [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
+        advice = (
+            f"use {nearest_multiples(layers, stages)} layers, or say the split: pipeline.layers_per_stage: "
+            f"{uneven if stages <= 16 else 'a list that adds up to ' + str(layers)}"
+        )
+    keys: tuple[str, ...] = ("model.num_layers", "parallel.pipeline_model_parallel_size")
+    over = keys[1]
+    if chunks > 1:
+        keys += ("parallel.virtual_pipeline_model_parallel_size",)
+        over = f"{keys[1]} times {keys[2]}"
+    raise Underivable(Problem(keys, f"layers do not divide evenly over {over}", advice))
+
+
+def _warmup_iters(e: Experiment, world_size: int | None) -> int:
+    assert e.optimizer.lr_decay_iters is not None
+    return round((e.optimizer.lr_warmup_fraction or 0.0) * e.optimizer.lr_decay_iters)
+
+
+def _moe_ffn_hidden_size(e: Experiment, world_size: int | None) -> int | None:
+    return e.model.ffn_hidden_size
+
+
+DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
+    ("model.num_query_groups", lambda e, _: e.model.num_attention_heads),
+    ("model.kv_channels", _kv_channels),
+    ("model.ffn_hidden_size", lambda e, _: 4 * e.model.hidden_size),
+    ("model.vocab_size", _vocab_size),
+    ("model.max_position_embeddings", lambda e, _: e.training.seq_length),
+    ("moe.moe_ffn_hidden_size", _moe_ffn_hidden_size),
+    ("parallel.virtual_pipeline_model_parallel_size", lambda e, _: 1),
+    ("parallel.expert_model_parallel_size", _expert_model_parallel_size),
+    ("parallel.expert_tensor_parallel_size", lambda e, _: 1),
+    ("parallel.sequence_parallel", lambda e, _: e.parallel.tensor_model_parallel_size > 1),
+    ("parallel.data_parallel_size", _data_parallel_size),
+    ("pipeline.layers_per_stage", _layers_per_stage),
+    ("recompute.layers_per_stage", lambda e, _: [0] * e.parallel.pipeline_model_parallel_size),
+    ("optimizer.lr_decay_iters", lambda e, _: e.training.train_iters),
+    ("optimizer.lr_warmup_iters", _warmup_iters),
+]
+
+
+def world_size_problem(e: Experiment, world_size: int | None) -> Problem | None:
+    """A data-parallel size that the user set and that the number of ranks contradicts."""
+    p = e.parallel
+    if world_size is None or p.data_parallel_size is None:
+        return None
+    model_ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+    if model_ranks * p.data_parallel_size == world_size:
+        return None
+    if world_size % model_ranks:
+        return _ranks_do_not_fit(world_size, model_ranks)
+    others = tuple(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
+    text = f"replicas times {others[0]} times {others[1]} times {others[2]} are not the {world_size} ranks there are"
+    advice = f"set {world_size // model_ranks} or leave it out, or start {model_ranks * p.data_parallel_size} ranks"
+    return Problem(("parallel.data_parallel_size", *others), text, advice)
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """The multiples of `of` next to `value`, zero left out: `4 or 8`."""
+    below = value // of * of
+    return " or ".join(str(multiple) for multiple in (below, below + of) if multiple)
+
+
+def divisors_of(value: int, limit: int = 8) -> str:
+    """The divisors of `value`, at most `limit` of the smaller ones: `1, 2, 3 or 6`."""
+    found = (
+        [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+        if value < 100_000
+        else [1, 2, 4, 8]
+    )
+    found = [divisor for divisor in found if value % divisor == 0][:limit]
+    return f"{', '.join(map(str, found[:-1]))} or {found[-1]}" if len(found) > 1 else str(found[0])

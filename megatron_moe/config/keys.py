@@ -1,0 +1,123 @@
+"""The tree of keys that the schema knows, and the key that somebody probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from pydantic.fields import FieldInfo
+
+from megatron_moe.config.schema import Experiment, Section
+
+FREE_MAPPING = "model.megatron_core"
+"""The mapping whose keys the schema does not know."""
+
+
+@cache
+def hints(section: type[Section]) -> dict[str, Any]:
+    """Key -> annotation of one section, constraints included."""
+    names = get_type_hints(section, include_extras=True)
+    return {name: names[name] for name in section.model_fields}
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section behind an annotation such as `MoE | None`; None for a value."""
+    for part in alternatives(annotation):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
+    return None
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union without None, or the annotation itself."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(part for part in get_args(annotation) if part is not type(None))
+    return (annotation,)
+
+
+@cache
+def annotations() -> dict[str, Any]:
+    """Dotted key -> annotation, of every section and value of an experiment."""
+    return dict(_walk(Experiment, ""))
+
+
+def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, annotation in hints(section).items():
+        yield prefix + name, annotation
+        inner = section_in(annotation)
+        if inner is not None:
+            yield from _walk(inner, f"{prefix}{name}.")
+
+
+@cache
+def required_sections() -> tuple[str, ...]:
+    """The sections that every experiment has: all that cannot be null."""
+    return tuple(
+        key
+        for key, annotation in annotations().items()
+        if section_in(annotation) is not None and type(None) not in get_args(annotation)
+    )
+
+
+@cache
+def input_paths() -> tuple[str, ...]:
+    """The keys whose value is a path, or a list of paths, that the experiment reads."""
+    return tuple(key for key, annotation in annotations().items() if _is_path(annotation))
+
+
+def _is_path(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        extras = (mark.json_schema_extra for mark in marks if isinstance(mark, FieldInfo))
+        return any(isinstance(extra, dict) and extra.get("path") == "input" for extra in extras) or _is_path(
+            inner
+        )
+    return any(_is_path(part) for part in get_args(annotation))
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """The value at a dotted key of nested mappings or sections; None where the way there ends."""
+    for part in key.split("."):
+        if isinstance(tree, Mapping):
+            tree = tree.get(part)
+        else:
+            tree = getattr(tree, part, None)
+        if tree is None:
+            return None
+    return tree
+
+
+def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in an experiment or in nested mappings that is not itself a section.
+
+    Keys that an incomplete experiment lacks are left out.
+    """
+    if not isinstance(tree, Mapping):
+        tree = {name: tree.__dict__[name] for name in type(tree).model_fields if name in tree.__dict__}
+    for name, value in tree.items():
+        if isinstance(value, Section) or (isinstance(value, Mapping) and value):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def meant(key: str) -> str | None:
+    """The known key that `key` is probably a misspelling of: the same name elsewhere, else the closest spelling."""
+    known = list(annotations())
+    section, _, name = key.rpartition(".")
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    if elsewhere:
+        return max(elsewhere, key=lambda other: difflib.SequenceMatcher(None, key, other).ratio())
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    if close:
+        return siblings[close[0]]
+    names = {other.rpartition(".")[2]: other for other in known}
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if close:
+        return names[close[0]]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    return close[0] if close else None

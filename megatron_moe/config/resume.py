@@ -1,0 +1,65 @@
+"""What may differ between the experiment that a checkpoint was written by and the one that goes on from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_moe.config.checking import default_of
+from megatron_moe.config.keys import annotations, leaves
+from megatron_moe.config.schema import Experiment
+
+Difference = tuple[str, Any, Any]
+"""Dotted key, value when saved, value now."""
+
+ALLOWED: dict[str, str] = {
+    r"name|logging\..*|launch\..*|resilience\..*|checkpoint\..*": "they do not reach the computation",
+    r"training\.(train_iters|eval_interval|eval_iters)": "how long and what is looked at on the way",
+    r"(parallel|pipeline|recompute)\..*": "a layout never changes the mathematics, and checkpoints fit every layout",
+    r"training\.micro_batch_size": "the order of the data is by the global batch; but an aux loss over a microbatch then has another value",
+    r"data\.path|data\.prepare(\.input)?|data\.tokenizer\.model": "files may move; hashes tell whether their content is the same",
+    r"moe\.(moe_token_dispatcher_type|moe_would_drop_capacity_factor)": "how tokens travel, and a reported number only",
+}
+"""Keys, as patterns, that may change, with the reason. All others decide the model, its data, or the steps to come."""
+
+_FOLLOWS_TRAIN_ITERS = ("optimizer.lr_decay_iters", "optimizer.lr_warmup_iters")
+
+
+def differences(saved: Mapping[str, Any], current: Experiment) -> tuple[list[Difference], list[Difference]]:
+    """The differences that resume allows, and those that it refuses.
+
+    `saved` is the resolved experiment as nested mappings. A key that it lacks, because it is newer, counts as its default.
+    A learning-rate schedule that was the whole run's, before and now, follows `training.train_iters`: it may change.
+    """
+    old, new = dict(leaves(saved)), dict(leaves(current))
+    old.pop("model.megatron_core", None), new.pop("model.megatron_core", None)
+    if old.get("moe", 0) is None and current.moe is not None:
+        new = {key: value for key, value in new.items() if not key.startswith("moe.")} | {"moe": "a section"}
+    allowed: list[Difference] = []
+    refused: list[Difference] = []
+    for key in sorted(old.keys() | new.keys(), key=_rank):
+        before = old[key] if key in old else default_of(key) if key in annotations() and key in new else None
+        after = new.get(key)
+        if before != after:
+            may = any(re.fullmatch(pattern, key) for pattern in ALLOWED) or _follows(key, old, new)
+            (allowed if may else refused).append((key, before, after))
+    return allowed, refused
+
+
+def _rank(key: str) -> tuple[int, str]:
+    order = list(annotations())
+    return (order.index(key) if key in order else len(order), key)
+
+
+def _follows(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the schedule spanned the whole run and still does, the warm-up being the same part of it."""
+    if key not in _FOLLOWS_TRAIN_ITERS:
+        return False
+    whole = all(
+        values.get("optimizer.lr_decay_iters") == values.get("training.train_iters") for values in (old, new)
+    )
+    if key == "optimizer.lr_decay_iters":
+        return whole
+    fraction = "optimizer.lr_warmup_fraction"
+    return whole and new.get(fraction) is not None and old.get(fraction) == new.get(fraction)
