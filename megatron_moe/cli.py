@@ -11,7 +11,10 @@ from pathlib import Path
 from megatron_moe import __version__
 
 PROGRAM = "megatron-moe"
-EXIT_CODES = "Exit codes: 0 done; 2 the input is wrong; 75 saved after a termination signal, start me again; 1 anything else."
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 the input is wrong; 75 saved after a termination signal, start me again;\n"
+    "1 anything else."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,9 +135,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         _train,
         "train an experiment, or go on with it",
-        "Train an experiment. Alone, this starts the ranks itself on this machine; under torchrun or srun it\n"
-        "is one of the ranks. A run that was interrupted goes on from its newest checkpoint; a finished one\n"
-        "says so and is left as it is.",
+        "Train an experiment. Alone, this starts the ranks itself on this machine; under torchrun or srun\n"
+        "it is one of the ranks. A run that was interrupted goes on from its newest checkpoint; a finished\n"
+        "one says so and is left as it is.",
         f"{PROGRAM} train configs/quickstart.yaml training.train_iters=20",
     )
     _add_config(parser)
@@ -146,8 +149,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "verify",
         _verify,
         "prove that a layout computes what one process computes",
-        "Train a few steps under the experiment's layout, and again in one process from the same weights and\n"
-        "batches, and compare losses, gradients and updated weights. Exit code 1 if they differ.",
+        "Train a few steps under the experiment's layout, and again in one process from the same weights\n"
+        "and batches, and compare losses, gradients and updated weights. Exit code 1 if they differ.",
         f"{PROGRAM} verify configs/quickstart.yaml --steps 3",
     )
     _add_config(parser)
@@ -170,8 +173,8 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         _preprocess,
         "turn text and jsonl into token files",
         "Turn text (.txt) and jsonl files, also .gz, into Megatron's token files PREFIX.bin and PREFIX.idx.",
-        f"{PROGRAM} preprocess --input corpus/tinyshakespeare.txt --documents paragraph --output data/shakespeare "
-        "--vocab-size 2048",
+        f"{PROGRAM} preprocess --input corpus/tinyshakespeare.txt --documents paragraph \\\n"
+        "    --output data/shakespeare --vocab-size 2048",
     )
     add = parser.add_argument
     add("--input", metavar="FILE", nargs="+", required=True, help="text or jsonl files")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from megatron_moe.config.keys import annotations, hints, meant, section_in, value_at
+from megatron_moe.config.keys import hints, known_keys, meant, section_in, value_at
 from megatron_moe.config.origin import KeyPath, Origin, dotted, shown
 from megatron_moe.config.schema import Experiment, Section
 from megatron_moe.config.wording import expected, remedy
@@ -19,8 +19,8 @@ _S = TypeVar("_S", bound=Section)
 class Checked:
     """The experiment, and what is wrong with it: lines, and the keys that have no usable value.
 
-    With broken keys the experiment lacks them altogether: reading one raises AttributeError. So what can be said about
-    the other keys is still said.
+    With broken keys the experiment lacks them altogether: reading one raises AttributeError. So what can be
+    said about the other keys is still said.
     """
 
     experiment: Experiment
@@ -31,7 +31,8 @@ class Checked:
 def check(
     values: dict[str, Any], origins: dict[KeyPath, Origin], file: str, incomplete: bool = False
 ) -> Checked:
-    """Validate `values`. `file` is the place of a missing top-level key; of `incomplete` values none is called missing."""
+    """Validate `values`. `file` is the place of a missing top-level key; of `incomplete` values none is
+    called missing."""
     try:
         return Checked(Experiment.model_validate(values))
     except ValidationError as error:
@@ -60,9 +61,9 @@ def unknown_key(key: str, place: str) -> str:
     section = key.rpartition(".")[0]
     if guess is not None:
         return f"{place}{key}: unknown key; did you mean {guess}?"
-    if section and section not in annotations():
+    if section and section not in known_keys():
         return f"{place}{key}: unknown key; did you mean {meant(section) or 'a key of another section'}?"
-    siblings = [other.rpartition(".")[2] for other in annotations() if other.rpartition(".")[0] == section]
+    siblings = [other.rpartition(".")[2] for other in known_keys() if other.rpartition(".")[0] == section]
     inside = f"{section} has" if section else "a file has"
     extra = [] if section else ["extends"]
     return f"{place}{key}: unknown key; {inside} {', '.join(siblings + extra)}"
@@ -94,9 +95,9 @@ def _place(path: KeyPath, origins: dict[KeyPath, Origin], file: str) -> str:
 
 
 def _add(key: str) -> str:
-    inner = section_in(annotations()[key])
+    inner = section_in(known_keys()[key])
     if inner is None:
-        return f"give it {expected(annotations()[key])}"
+        return f"give it {expected(known_keys()[key])}"
     needed = [name for name, info in inner.model_fields.items() if info.is_required()]
     return f"add the section with {', '.join(needed)}"
 
@@ -104,7 +105,7 @@ def _add(key: str) -> str:
 def _mistyped(
     key: str, paths: list[KeyPath], values: dict[str, Any], origins: dict[KeyPath, Origin], file: str
 ) -> str:
-    annotation = annotations()[key]
+    annotation = known_keys()[key]
     value = value_at(values, key)
     bad = sorted({path for path in paths if isinstance(path[-1], int)}, key=str)
     what = f"must be {expected(annotation)}"
@@ -113,7 +114,8 @@ def _mistyped(
         named = ", ".join(f"entry {int(path[-1]) + 1} is {shown(value[int(path[-1])])}" for path in bad)
         return f"{_place(bad[0], origins, file)}{key}: {what} ({named}); {remedy(annotation, value, default)}"
     shape = value if section_in(annotation) is None else None
-    return f"{_place(paths[0], origins, file)}{key}: {what} ({shown(value)}); {remedy(annotation, shape, default)}"
+    place, advice = _place(paths[0], origins, file), remedy(annotation, shape, default)
+    return f"{place}{key}: {what} ({shown(value)}); {advice}"
 
 
 def default_of(key: str) -> Any:

@@ -1,6 +1,7 @@
 """Every value that the user may leave out because it follows from others.
 
-`DERIVED_KEYS` is the table: one key, one function of the experiment, in an order in which each finds what it needs.
+`DERIVED_KEYS` is the table: one key, one function of the experiment, in an order in which each finds what it
+needs.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def attempt(
 ) -> tuple[Experiment, set[str], list[Problem]]:
     """`fill`, with the keys that were derived and the problems met.
 
-    A `partial` experiment lacks its broken keys: reading one raises AttributeError, and what depends on it is skipped.
-    The result lacks the keys that could not be derived in the same way.
+    A `partial` experiment lacks its broken keys: reading one raises AttributeError, and what depends on it is
+    skipped. The result lacks the keys that could not be derived in the same way.
     """
     derived: set[str] = set()
     problems: list[Problem] = []
@@ -98,12 +99,13 @@ def _without(experiment: Experiment, key: str) -> Experiment:
 
 def _kv_channels(e: Experiment, world_size: int | None) -> int:
     if e.model.hidden_size % e.model.num_attention_heads:
+        heads = divisors_of(e.model.hidden_size)
         near = nearest_multiples(e.model.hidden_size, e.model.num_attention_heads)
         raise Underivable(
             Problem(
                 ("model.hidden_size", "model.num_attention_heads"),
                 "is not divisible by model.num_attention_heads, and model.kv_channels is not set",
-                f"use a hidden_size of {near}, {divisors_of(e.model.hidden_size)} heads, or set model.kv_channels",
+                f"use a hidden_size of {near}, {heads} heads, or set model.kv_channels",
             )
         )
     return e.model.hidden_size // e.model.num_attention_heads
@@ -167,7 +169,7 @@ def _ranks_do_not_fit(world_size: int, model_ranks: int) -> Problem:
     below = world_size // model_ranks * model_ranks
     counts = " or ".join(str(count) for count in (below, below + model_ranks) if count)
     keys = tuple(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
-    text = f"times {keys[1]} times {keys[2]} takes {model_ranks} ranks or a multiple of that, but there are {world_size}"
+    text = f"times {keys[1]} times {keys[2]} is {model_ranks}, which does not divide the {world_size} ranks"
     return Problem(
         keys, text, f"start {counts} ranks, or make these three multiply to a divisor of {world_size}"
     )
@@ -234,8 +236,9 @@ def world_size_problem(e: Experiment, world_size: int | None) -> Problem | None:
     if world_size % model_ranks:
         return _ranks_do_not_fit(world_size, model_ranks)
     others = tuple(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
-    text = f"replicas times {others[0]} times {others[1]} times {others[2]} are not the {world_size} ranks there are"
-    advice = f"set {world_size // model_ranks} or leave it out, or start {model_ranks * p.data_parallel_size} ranks"
+    text = f"times {others[0]} times {others[1]} times {others[2]} is not {world_size}, the number of ranks"
+    started = model_ranks * p.data_parallel_size
+    advice = f"set {world_size // model_ranks}, leave it out, or start {started} ranks"
     return Problem(("parallel.data_parallel_size", *others), text, advice)
 
 

@@ -1,10 +1,12 @@
-"""Mistakes of the user. Whoever catches one prints it line by line and exits with 2; there is never a traceback."""
+"""Mistakes of the user. Whoever catches one prints it line by line and exits with 2; there is never a
+traceback."""
 
 from __future__ import annotations
 
 
 class InputError(Exception):
-    """The user's input is wrong: each of `problems` is one line that names the key or file and a value that would work."""
+    """The user's input is wrong: each of `problems` is one line that names the key or file and a value that
+    would work."""
 
     def __init__(self, *problems: str) -> None:
         self.problems = list(problems)

@@ -1,4 +1,5 @@
-"""One file and the files it extends, as one tree: mappings are merged key by key, everything else is replaced by the later."""
+"""One file and the files it extends, as one tree: mappings are merged key by key, everything else is replaced
+by the later."""
 
 from __future__ import annotations
 

@@ -9,13 +9,14 @@ from megatron_moe.config.schema import Experiment
 
 _EXTENDS = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-    "description": "Files that this one builds on, relative to it; later ones win, and this one over all of them.",
+    "description": "Files that this one builds on, relative to it; later ones win, this one over all.",
     "title": "Extends",
 }
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of one file. It requires no key, because a file that extends another one needs none itself."""
+    """The schema of one file. It requires no key, because a file that extends another one needs none
+    itself."""
     schema = Experiment.model_json_schema()
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)

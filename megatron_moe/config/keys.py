@@ -39,7 +39,7 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 @cache
-def annotations() -> dict[str, Any]:
+def known_keys() -> dict[str, Any]:
     """Dotted key -> annotation, of every section and value of an experiment."""
     return dict(_walk(Experiment, ""))
 
@@ -57,7 +57,7 @@ def required_sections() -> tuple[str, ...]:
     """The sections that every experiment has: all that cannot be null."""
     return tuple(
         key
-        for key, annotation in annotations().items()
+        for key, annotation in known_keys().items()
         if section_in(annotation) is not None and type(None) not in get_args(annotation)
     )
 
@@ -65,7 +65,7 @@ def required_sections() -> tuple[str, ...]:
 @cache
 def input_paths() -> tuple[str, ...]:
     """The keys whose value is a path, or a list of paths, that the experiment reads."""
-    return tuple(key for key, annotation in annotations().items() if _is_path(annotation))
+    return tuple(key for key, annotation in known_keys().items() if _is_path(annotation))
 
 
 def _is_path(annotation: Any) -> bool:
@@ -81,10 +81,7 @@ def _is_path(annotation: Any) -> bool:
 def value_at(tree: Any, key: str) -> Any:
     """The value at a dotted key of nested mappings or sections; None where the way there ends."""
     for part in key.split("."):
-        if isinstance(tree, Mapping):
-            tree = tree.get(part)
-        else:
-            tree = getattr(tree, part, None)
+        tree = tree.get(part) if isinstance(tree, Mapping) else getattr(tree, part, None)
         if tree is None:
             return None
     return tree
@@ -105,8 +102,9 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def meant(key: str) -> str | None:
-    """The known key that `key` is probably a misspelling of: the same name elsewhere, else the closest spelling."""
-    known = list(annotations())
+    """The known key that `key` is probably a misspelling of: the same name elsewhere, else the closest
+    spelling."""
+    known = list(known_keys())
     section, _, name = key.rpartition(".")
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     if elsewhere:

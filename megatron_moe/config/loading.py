@@ -32,8 +32,8 @@ class Loaded:
 def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Loaded:
     """Read, compose, override, check and complete an experiment.
 
-    `overrides`: `section.key=value`, the value a YAML 1.2 scalar, list or mapping. `world_size`: the number of ranks where
-    it is given from outside. Raises ConfigError with all problems, in the order of the file.
+    `overrides`: `section.key=value`, the value a YAML 1.2 scalar, list or mapping. `world_size`: the number
+    of ranks where it is given from outside. Raises ConfigError with all problems, in the order of the file.
     """
     file = str(path)
     text = read_text(file)

@@ -14,7 +14,8 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """`file` with its name and line, `override` with its text, `default` of the schema, or `derived` from other keys."""
+    """`file` with its name and line, `override` with its text, `default` of the schema, or `derived` from
+    other keys."""
 
     kind: Literal["file", "override", "default", "derived"]
     file: str = ""
@@ -24,7 +25,8 @@ class Origin:
         return f"{self.file}:{self.line}" if self.kind == "file" else self.kind
 
     def prefix(self) -> str:
-        """What an error line about this value starts with; empty where no text of the user stands behind it."""
+        """What an error line about this value starts with; empty where no text of the user stands behind
+        it."""
         if self.kind == "file":
             return f"{self.file}:{self.line}: "
         return "override " if self.kind == "override" else ""
@@ -38,8 +40,9 @@ DERIVED = Origin("derived")
 class Problem:
     """A mistake that values make together.
 
-    `keys` are dotted; the line is reported at the first one. `text` continues "key: value ..." and names every other key in
-    full, to which the renderer adds its value and its place. `remedy` says what would work.
+    `keys` are dotted; the line is reported at the first one. `text` continues "key: value ..." and names
+    every other key in full, to which the renderer adds its value and its place. `remedy` says what would
+    work.
     """
 
     keys: tuple[str, ...]
@@ -47,7 +50,8 @@ class Problem:
     remedy: str
 
     def render(self, values: Mapping[str, Any], origins: Mapping[str, Origin], file: str = "") -> str:
-        """One line. `values` and `origins` are by dotted key; `file` is the place of what the user did not write."""
+        """One line. `values` and `origins` are by dotted key; `file` is the place of what the user did not
+        write."""
         first, *others = self.keys
         text = self.text
         for key in others:

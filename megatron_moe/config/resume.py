@@ -1,4 +1,5 @@
-"""What may differ between the experiment that a checkpoint was written by and the one that goes on from it."""
+"""What may differ between the experiment that a checkpoint was written by and the one that goes on from
+it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe.config.checking import default_of
-from megatron_moe.config.keys import annotations, leaves
+from megatron_moe.config.keys import known_keys, leaves
 from megatron_moe.config.schema import Experiment
 
 Difference = tuple[str, Any, Any]
@@ -15,22 +16,28 @@ Difference = tuple[str, Any, Any]
 
 ALLOWED: dict[str, str] = {
     r"name|logging\..*|launch\..*|resilience\..*|checkpoint\..*": "they do not reach the computation",
-    r"training\.(train_iters|eval_interval|eval_iters)": "how long and what is looked at on the way",
-    r"(parallel|pipeline|recompute)\..*": "a layout never changes the mathematics, and checkpoints fit every layout",
-    r"training\.micro_batch_size": "the order of the data is by the global batch; but an aux loss over a microbatch then has another value",
-    r"data\.path|data\.prepare(\.input)?|data\.tokenizer\.model": "files may move; hashes tell whether their content is the same",
-    r"moe\.(moe_token_dispatcher_type|moe_would_drop_capacity_factor)": "how tokens travel, and a reported number only",
+    r"training\.(train_iters|eval_interval|eval_iters)": "how long, and what is looked at on the way",
+    r"(parallel|pipeline|recompute)\..*": "checkpoints fit every layout, and none changes the mathematics",
+    # An aux loss over a microbatch then has another value, as its docstring says.
+    r"training\.micro_batch_size": "the order of the data goes by the global batch",
+    r"data\.path|data\.prepare(\.input)?|data\.tokenizer\.model": "files may move; their hashes are compared",
+    r"moe\.moe_token_dispatcher_type": "how tokens travel does not change what is computed",
+    r"moe\.moe_would_drop_capacity_factor": "it changes a reported number only",
 }
-"""Keys, as patterns, that may change, with the reason. All others decide the model, its data, or the steps to come."""
+"""Keys, as patterns, that may change, with the reason. All others decide the model, its data, or the steps to
+come."""
 
 _FOLLOWS_TRAIN_ITERS = ("optimizer.lr_decay_iters", "optimizer.lr_warmup_iters")
 
 
-def differences(saved: Mapping[str, Any], current: Experiment) -> tuple[list[Difference], list[Difference]]:
+def differences(
+    saved: Mapping[str, Any] | Experiment, current: Experiment
+) -> tuple[list[Difference], list[Difference]]:
     """The differences that resume allows, and those that it refuses.
 
-    `saved` is the resolved experiment as nested mappings. A key that it lacks, because it is newer, counts as its default.
-    A learning-rate schedule that was the whole run's, before and now, follows `training.train_iters`: it may change.
+    `saved` is resolved, as an experiment or as nested mappings. A key that it lacks, because it is newer,
+    counts as its default. A learning-rate schedule that was the whole run's, before and now, follows
+    `training.train_iters`: it may change.
     """
     old, new = dict(leaves(saved)), dict(leaves(current))
     old.pop("model.megatron_core", None), new.pop("model.megatron_core", None)
@@ -39,7 +46,7 @@ def differences(saved: Mapping[str, Any], current: Experiment) -> tuple[list[Dif
     allowed: list[Difference] = []
     refused: list[Difference] = []
     for key in sorted(old.keys() | new.keys(), key=_rank):
-        before = old[key] if key in old else default_of(key) if key in annotations() and key in new else None
+        before = old[key] if key in old else default_of(key) if key in known_keys() and key in new else None
         after = new.get(key)
         if before != after:
             may = any(re.fullmatch(pattern, key) for pattern in ALLOWED) or _follows(key, old, new)
@@ -48,7 +55,7 @@ def differences(saved: Mapping[str, Any], current: Experiment) -> tuple[list[Dif
 
 
 def _rank(key: str) -> tuple[int, str]:
-    order = list(annotations())
+    order = list(known_keys())
     return (order.index(key) if key in order else len(order), key)
 
 

@@ -1,8 +1,9 @@
 """The experiment: every key that a YAML file may hold, its type, its default and what it does.
 
 One pydantic model a section. Models are strict (no silent conversion), frozen, and refuse unknown keys.
-``None`` as a default means "derived": `config.defaults.fill` replaces it by the value that the docstring names, so that
-everything behind the loader sees concrete values. Rules that look at more than one key are in `config.rules`.
+``None`` as a default means "derived": `config.defaults.fill` replaces it by the value that the docstring
+names, so that everything behind the loader sees concrete values. Rules that look at more than one key are in
+`config.rules`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 InputPath = Annotated[str, Field(min_length=1, json_schema_extra={"path": "input"})]
-"""A path that the experiment reads. In a YAML file it is relative to that file, as an override to the working directory."""
+"""A path that the experiment reads. In a YAML file it is relative to that file, as an override to the working
+directory."""
 
 
 class Section(BaseModel):
@@ -45,8 +47,8 @@ class Model(Section):
     vocab_size: PositiveInt | None = None
     """Token ids the model knows, before padding. Default: the tokenizer's."""
     make_vocab_size_divisible_by: PositiveInt = 128
-    """The vocabulary is padded to a multiple of this. Unlike in Megatron-LM it does not depend on the tensor-parallel size, so
-    that a checkpoint fits every layout."""
+    """The vocabulary is padded to a multiple of this. Unlike in Megatron-LM it does not depend on the
+    tensor-parallel size, so that a checkpoint fits every layout."""
     max_position_embeddings: PositiveInt | None = None
     """Longest sequence that positions are defined for. Default: training.seq_length."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
@@ -64,16 +66,18 @@ class Model(Section):
     untie_embeddings_and_output_weights: bool = True
     """Whether the output layer has a weight of its own."""
     init_method_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections back into the residual stream take std / sqrt(2 num_layers)."""
+    """Standard deviation of the initial weights; projections back into the residual stream take std / sqrt(2
+    num_layers)."""
     hidden_dropout: Fraction = 0.0
     """Dropout on each residual branch."""
     attention_dropout: Fraction = 0.0
     """Dropout on attention probabilities."""
     spec: Literal["native", "transformer_engine"] = "native"
-    """Which building blocks. `native` needs neither Transformer Engine nor apex. Recorded in the checkpoint; never chosen by
-    what happens to be installed."""
+    """Which building blocks. `native` needs neither Transformer Engine nor apex. Recorded in the checkpoint;
+    never chosen by what happens to be installed."""
     megatron_core: dict[str, Any] = Field(default_factory=dict)
-    """Any further field of Megatron-Core's `TransformerConfig`, checked by name and type against the installed version."""
+    """Any further field of Megatron-Core's `TransformerConfig`, checked by name and type against the
+    installed version."""
 
 
 class MoE(Section):
@@ -90,22 +94,25 @@ class MoE(Section):
     moe_shared_expert_intermediate_size: PositiveInt | None = None
     """Inner width of the shared experts together, which every token passes. Default: none."""
     moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"
-    """The balancing loss. `aux_loss` is the Switch form e * sum_j f_j P_j over one microbatch (1 at perfect balance); by
-    definition it is a function of the microbatch."""
+    """The balancing loss. `aux_loss` is the Switch form e * sum_j f_j P_j over one microbatch (1 at perfect
+    balance); by definition it is a function of the microbatch."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.01
     """Weight of the balancing loss."""
     moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the router z-loss mean(logsumexp(logits)^2) (ST-MoE)."""
     moe_router_pre_softmax: bool = False
-    """True: softmax over all experts, then top-k. False: top-k of the logits, then softmax over the k (Mixtral)."""
+    """True: softmax over all experts, then top-k. False: top-k of the logits, then softmax over the k
+    (Mixtral)."""
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision of the router's product and softmax."""
     moe_expert_capacity_factor: PositiveFloat | None = None
-    """Each expert takes at most ceil(t * k / e * factor) of a microbatch's t tokens, the rest is dropped. Default: dropless."""
+    """Each expert takes at most ceil(t * k / e * factor) of a microbatch's t tokens, the rest is dropped.
+    Default: dropless."""
     moe_token_drop_policy: Literal["probs", "position"] = "probs"
     """Which tokens an overfull expert drops: those with the smallest probability, or the last ones."""
     moe_would_drop_capacity_factor: PositiveFloat = 1.0
-    """Dropless runs report the drop rate that this capacity factor would have caused (`moe/would_drop_rate`)."""
+    """Dropless runs report the drop rate that this capacity factor would have caused
+    (`moe/would_drop_rate`)."""
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens travel to the ranks of their experts."""
 
@@ -122,11 +129,13 @@ class Parallel(Section):
     context_parallel_size: PositiveInt = 1
     """CP: ranks that share each sequence."""
     expert_model_parallel_size: PositiveInt | None = None
-    """EP: ranks that share the experts. Default: TP, which is Expert Data Parallelism (EDP); 1 without experts."""
+    """EP: ranks that share the experts. Default: TP, which is Expert Data Parallelism (EDP); 1 without
+    experts."""
     expert_tensor_parallel_size: PositiveInt | None = None
     """ETP: ranks that share each expert's matrices. Default: 1 (it does not inherit TP)."""
     data_parallel_size: PositiveInt | None = None
-    """DP: replicas. Default: under torchrun or srun what the number of ranks leaves, alone the smallest that EP allows."""
+    """DP: replicas. Default: under torchrun or srun what the number of ranks leaves, alone the smallest that
+    EP allows."""
     sequence_parallel: bool | None = None
     """Shard the sequence over the TP ranks between the tensor-parallel regions. Default: TP > 1."""
 
@@ -142,10 +151,11 @@ class Recompute(Section):
     """Which layers are recomputed in the backward pass instead of keeping their activations."""
 
     layers_per_stage: list[NonNegativeInt] | None = None
-    """Recomputed layers of each pipeline rank (PP entries; within VPP of each chunk of that rank). Default: none."""
+    """Recomputed layers of each pipeline rank (PP entries; within VPP of each chunk of that rank). Default:
+    none."""
     method: Literal["block", "uniform"] = "block"
-    """`block` recomputes the first n layers of a stage, each by itself; `uniform` recomputes every layer of the stage, in groups
-    of n that keep only their input."""
+    """`block` recomputes the first n layers of a stage, each by itself; `uniform` recomputes every layer of
+    the stage, in groups of n that keep only their input."""
 
 
 class Tokenizer(Section):
@@ -160,14 +170,16 @@ class Tokenizer(Section):
 
 
 class Prepare(Section):
-    """Raw text from which `train` and `verify` make the token files themselves, once, before any rank starts."""
+    """Raw text from which `train` and `verify` make the token files themselves, once, before any rank
+    starts."""
 
     input: Annotated[list[InputPath], Field(min_length=1)]
     """Text (.txt) or jsonl files, also .gz."""
     json_key: str = "text"
     """The key of a jsonl record that holds the text."""
     documents: Literal["file", "line", "paragraph"] = "file"
-    """What one document is in a text file: the file, a line, or what stands between blank lines. A jsonl record is one document."""
+    """What one document is in a text file: the file, a line, or what stands between blank lines. A jsonl
+    record is one document."""
     append_eod: bool = True
     """Put the end-of-document id behind each document."""
 
@@ -188,7 +200,8 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """Adam with decoupled weight decay, its state sharded over the data-parallel ranks, and the learning-rate schedule."""
+    """Adam with decoupled weight decay, its state sharded over the data-parallel ranks, and the learning-rate
+    schedule."""
 
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
@@ -257,7 +270,8 @@ class Launch(Section):
     """How ranks are started."""
 
     threads_per_rank: PositiveInt | None = None
-    """CPU threads a rank that is started here computes with. Default: the machine's cores divided by the ranks, at least 1."""
+    """CPU threads a rank that is started here computes with. Default: the machine's cores divided by the
+    ranks, at least 1."""
 
 
 class Resilience(Section):

@@ -24,7 +24,8 @@ class NotInstalled(Exception):
 
 @cache
 def transformer_fields() -> dict[str, ast.expr]:
-    """Field name -> annotation, of `TransformerConfig` and the class it inherits from. Raises NotInstalled."""
+    """Field name -> annotation, of `TransformerConfig` and the class it inherits from. Raises
+    NotInstalled."""
     fields: dict[str, ast.expr] = {}
     for file, class_name in _SOURCES:
         for node in ast.parse(_source(file)).body:

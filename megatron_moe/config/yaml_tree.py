@@ -30,7 +30,8 @@ class Tree:
 
 
 def parse(text: str, file: str) -> Tree:
-    """Read one YAML document whose top is a mapping. Problems are lines `FILE:LINE: what; what would work`."""
+    """Read one YAML document whose top is a mapping. Problems are lines `FILE:LINE: what; what would
+    work`."""
     tree = Tree()
     try:
         node = _reader().compose(text)
@@ -50,7 +51,8 @@ def parse(text: str, file: str) -> Tree:
 
 
 def parse_value(text: str, path: KeyPath) -> Tree:
-    """Read the value of an override, a YAML 1.2 scalar, list or mapping, as the tree that holds it at `path`."""
+    """Read the value of an override, a YAML 1.2 scalar, list or mapping, as the tree that holds it at
+    `path`."""
     tree = Tree()
     name = f"override {dotted(path)}"
     try:

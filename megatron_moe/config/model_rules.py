@@ -1,0 +1,126 @@
+"""Rules about the sizes of the model."""
+
+from __future__ import annotations
+
+from megatron_moe.config.defaults import nearest_multiples
+from megatron_moe.config.origin import Problem
+from megatron_moe.config.rule import ETP, TP, Problems, divides, set_value
+from megatron_moe.config.schema import Experiment
+
+
+def heads_over_tp(e: Experiment) -> Problems:
+    """Each TP rank holds whole query heads."""
+    yield from divides(
+        "model.num_attention_heads", e.model.num_attention_heads, TP, e.parallel.tensor_model_parallel_size
+    )
+
+
+def query_groups_over_tp(e: Experiment) -> Problems:
+    """Each TP rank holds whole key and value heads."""
+    groups = set_value(e.model.num_query_groups)
+    if groups == e.model.num_attention_heads:  # heads_over_tp says it already
+        return
+    yield from divides("model.num_query_groups", groups, TP, e.parallel.tensor_model_parallel_size)
+
+
+def heads_over_query_groups(e: Experiment) -> Problems:
+    """Each key and value head serves the same number of query heads."""
+    groups = set_value(e.model.num_query_groups)
+    yield from divides(
+        "model.num_attention_heads", e.model.num_attention_heads, "model.num_query_groups", groups
+    )
+
+
+def rope_needs_even_width(e: Experiment) -> Problems:
+    """Rotary positions turn pairs of channels."""
+    width = int(set_value(e.model.kv_channels) * e.model.rotary_percent)
+    if e.model.position_embedding_type == "rope" and (width % 2 or width == 0):
+        keys = ("model.kv_channels", "model.rotary_percent")
+        text = (
+            f"times model.rotary_percent is {width} rotated channels a head, which must be even and above 0"
+        )
+        yield Problem(
+            keys,
+            text,
+            f"set model.kv_channels to {set_value(e.model.kv_channels) + 1}, or another rotary_percent",
+        )
+
+
+def ffn_over_tp(e: Experiment) -> Problems:
+    """Each TP rank holds an equal part of a dense feed-forward layer, where there is one."""
+    if e.moe is not None and all(moe_layers(e)):
+        return
+    yield from divides(
+        "model.ffn_hidden_size", set_value(e.model.ffn_hidden_size), TP, e.parallel.tensor_model_parallel_size
+    )
+
+
+def padded_vocab_over_tp(e: Experiment) -> Problems:
+    """Each TP rank holds an equal part of the padded vocabulary."""
+    unit, tp = e.model.make_vocab_size_divisible_by, e.parallel.tensor_model_parallel_size
+    padded = -(-set_value(e.model.vocab_size) // unit) * unit
+    if padded % tp:
+        text = f"pads model.vocab_size to {padded}, which is not divisible by {TP}"
+        yield Problem(
+            ("model.make_vocab_size_divisible_by", "model.vocab_size", TP),
+            text,
+            f"use {nearest_multiples(unit, tp)}",
+        )
+
+
+def positions_reach_sequence(e: Experiment) -> Problems:
+    """Every place of a sequence has a position."""
+    if set_value(e.model.max_position_embeddings) < e.training.seq_length:
+        keys = ("model.max_position_embeddings", "training.seq_length")
+        yield Problem(
+            keys, "is less than training.seq_length", f"use at least {e.training.seq_length}, or leave it out"
+        )
+
+
+def topk_within_experts(e: Experiment) -> Problems:
+    """A token goes to different experts."""
+    if e.moe is not None and e.moe.moe_router_topk > e.moe.num_moe_experts:
+        text = "is more than moe.num_moe_experts"
+        yield Problem(
+            ("moe.moe_router_topk", "moe.num_moe_experts"), text, f"use at most {e.moe.num_moe_experts}"
+        )
+
+
+def expert_ffn_over_etp(e: Experiment) -> Problems:
+    """Each ETP rank holds an equal part of every expert."""
+    if e.moe is not None:
+        width, etp = set_value(e.moe.moe_ffn_hidden_size), set_value(e.parallel.expert_tensor_parallel_size)
+        yield from divides("moe.moe_ffn_hidden_size", width, ETP, etp)
+
+
+def shared_experts_over_tp(e: Experiment) -> Problems:
+    """Shared experts are split over TP like a dense layer."""
+    if e.moe is not None and e.moe.moe_shared_expert_intermediate_size is not None:
+        key = "moe.moe_shared_expert_intermediate_size"
+        yield from divides(
+            key, e.moe.moe_shared_expert_intermediate_size, TP, e.parallel.tensor_model_parallel_size
+        )
+
+
+def moe_layer_list_length(e: Experiment) -> Problems:
+    """A list of MoE layers says so for each layer, and names one at least."""
+    if e.moe is None or not isinstance(e.moe.moe_layer_freq, list):
+        return
+    keys = ("moe.moe_layer_freq", "model.num_layers")
+    if len(e.moe.moe_layer_freq) != e.model.num_layers:
+        text = f"has {len(e.moe.moe_layer_freq)} entries and not one for each of the model.num_layers"
+        yield Problem(keys, text, f"give it {e.model.num_layers} entries, 1 for MoE and 0 for dense")
+    elif not any(e.moe.moe_layer_freq):
+        yield Problem(keys[:1], "names no MoE layer", "set an entry to 1, or make the model dense: moe=null")
+
+
+def moe_layers(e: Experiment) -> list[bool]:
+    """One entry a layer: whether it is MoE."""
+    if e.moe is None:
+        return [False] * e.model.num_layers
+    freq = e.moe.moe_layer_freq
+    return (
+        [bool(entry) for entry in freq]
+        if isinstance(freq, list)
+        else [i % freq == 0 for i in range(e.model.num_layers)]
+    )

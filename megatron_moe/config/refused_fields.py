@@ -1,0 +1,90 @@
+"""Fields of Megatron-Core's `TransformerConfig` that `model.megatron_core` may not hold, with the reason.
+
+Names are regular expressions that match a whole field name, because many fields come in families.
+"""
+
+from __future__ import annotations
+
+import re
+
+OTHER_NAMES = {
+    "activation_func": "model.activation",
+    "gated_linear_unit": "model.activation",
+    "transformer_impl": "model.spec",
+    "fp16": "training.precision",
+    "bf16": "training.precision",
+    "params_dtype": "training.precision",
+    "recompute_granularity": "recompute.layers_per_stage",
+    "recompute_method": "recompute.method",
+    "recompute_num_layers": "recompute.layers_per_stage",
+    "pipeline_model_parallel_layout": "pipeline.layers_per_stage",
+    "num_layers_in_first_pipeline_stage": "pipeline.layers_per_stage",
+    "num_layers_in_last_pipeline_stage": "pipeline.layers_per_stage",
+    "account_for_embedding_in_pipeline_split": "pipeline.layers_per_stage",
+    "account_for_loss_in_pipeline_split": "pipeline.layers_per_stage",
+}
+"""Fields that a key of ours with another name decides."""
+
+NEEDS_TRANSFORMER_ENGINE = (
+    r"fp8|fp8_\w+|fp4|fp4_\w+|activation_func_fp8_input_store|tp_only_amax_red|first_last_layers_bf16",
+    r"num_layers_at_(start|end)_in_bf16|disable_parameter_transpose_cache",
+    r"tp_comm_\w+|delay_wgrad_compute|overlap_dispatch_backward_with_experts_wgrad",
+    r"fused_single_qkv_rope|fused_residual_rmsnorm|cross_entropy_fusion_impl",
+    r"use_te_\w+|use_transformer_engine_op_fuser|use_grouped_gemm_for_\w+",
+    r"moe_permute_fusion|moe_router_fusion|moe_latent_size|moe_router_padding_for_(fp8|quantization)",
+    r"moe_single_grouped_\w+|moe_(mlp|shared_expert)_glu_interleave_size",
+    r"softmax_type|attention_output_gate|window_size|window_attn_skip_freq|cp_comm_type",
+)
+"""Fields that only the blocks of Transformer Engine compute."""
+
+_APEX = "it needs NVIDIA's apex kernels"
+_ATTENTION = "the attention here does not compute it"
+_EXPERTS = "the router and experts here do not compute it"
+_LIBRARY = "it needs a library that is not supported here"
+_MODEL = "this trainer does not build such a model"
+_OFFLOADING = "offloading is not built into this trainer"
+_RANKS = "the section parallel says how ranks are laid out"
+_RECOMPUTE = "recompute.layers_per_stage says what is recomputed"
+_SCHEDULE = "the schedule here does not use it"
+_SERVING = "it is for serving or CUDA graphs, which this trainer does not do"
+_TRAINER = "the trainer sets it itself"
+
+NOT_SETTABLE: dict[str, str] = {
+    r"\w+_func|timers|(|output_layer_|embedding_)init_method|perform_initialization": _TRAINER,
+    r"use_cpu_initialization|init_model_with_meta_device|config_logger_dir|test_mode": _TRAINER,
+    r"pipeline_dtype|enable_autocast|autocast_dtype|calculate_per_token_loss": _TRAINER,
+    r"variable_seq_lengths|deallocate_pipeline_outputs|barrier_with_L1_time": _TRAINER,
+    r"overlap_p2p_comm|batch_p2p_comm|batch_p2p_sync|overlap_p2p_comm_warmup_flush": _TRAINER,
+    r"bias_activation_fusion|bias_dropout_fusion|apply_rope_fusion": _TRAINER,
+    r"moe_grouped_gemm|moe_per_layer_logging": _TRAINER,
+    r"add_bias_linear": "biases fail in Megatron-Core without Transformer Engine's linear layers",
+    r"gradient_accumulation_fusion|defer_embedding_wgrad_compute|wgrad_deferral_limit": _APEX,
+    r"persist_layer_norm|memory_efficient_layer_norm": _APEX,
+    r"layernorm_zero_centered_gamma": "the weights of the norms here are centred at one",
+    r"apply_query_key_layer_scaling|softmax_scale|attention_softmax_in_fp32": _ATTENTION,
+    r"masked_softmax_fusion|qk_clip\w*|log_max_attention_logit|attention_backend": _ATTENTION,
+    r"flash_decode|flash_attention_version": _ATTENTION,
+    r"glu_linear_offset|activation_func_clamp_value|use_fused_weighted_squared_relu": _EXPERTS,
+    r"moe_apply_probs_on_input|moe_token_dropping|moe_enable_routing_replay": _EXPERTS,
+    r"moe_use_legacy_grouped_gemm|moe_router_force_biased": _EXPERTS,
+    r"\w*cuda_graph\w*|(use_)?inference_\w+|nccl_all_reduce_for_prefill|mlp_chunks_for_\w+": _SERVING,
+    r"symmetric_ar_type|batch_invariant_mode|high_priority_a2a_comm_stream": _SERVING,
+    r"(use_)?kitchen\w*|quant_recipe|use_ring_exchange_p2p|pipeline_model_parallel_comm_backend": _LIBRARY,
+    r"moe_(enable_deepep|deepep|hybridep|ncclep|flex)\w*|moe_permute_fusion_into_hybridep": _LIBRARY,
+    r"\w*offload\w*|moe_paged_stash\w*|moe_expert_rank_capacity_factor": _OFFLOADING,
+    r"overlap_moe_expert_parallel_comm|ep_overlap_early_attn_memory_release": _SCHEDULE,
+    r"microbatch_group_size_per_vp_stage|num_microbatches_with_partial_activation_checkpoints": _SCHEDULE,
+    r"recompute_modules|moe_layer_recompute|distribute_saved_activations": _RECOMPUTE,
+    r"mtp_\w+|multi_latent_attention|experimental_attention_variant|dsa_\w+|linear_\w+": _MODEL,
+    r"(use_)?mamba_\w+|is_hybrid_model|hetero\w+|hetereo\w+|mrope_section|use_mup|mup_\w+": _MODEL,
+    r"hierarchical_context_parallel_sizes|hybrid_context_parallel|max_seqlen_per_dp_cp_rank": _RANKS,
+    r"moe_extended_tp|(expert_)?tensor_parallel_num_weight_shards|(expert_)?gtp_weight_remat_size": _RANKS,
+}
+"""Fields that the trainer sets itself, or that do not work in it, with the reason."""
+
+
+def refusal(field: str, spec: str) -> str | None:
+    """Why this field cannot be set with this `model.spec`, None if it can."""
+    if spec == "native" and any(re.fullmatch(pattern, field) for pattern in NEEDS_TRANSFORMER_ENGINE):
+        return "model.spec native does not compute it, it needs Transformer Engine"
+    return next((reason for pattern, reason in NOT_SETTABLE.items() if re.fullmatch(pattern, field)), None)
