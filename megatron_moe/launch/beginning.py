@@ -45,7 +45,8 @@ def begin(loaded: Loaded, plan: Plan, say: Callable[[str], None]) -> Job:
         if iteration is not None and iteration >= experiment.training.train_iters:
             say(
                 f"{locked.folder.path} is finished: {iteration} of {experiment.training.train_iters} "
-                "iterations are done. A larger training.train_iters goes on from there; another name starts a new run."
+                "iterations are done. A larger training.train_iters goes on from there, "
+                "another name starts a new run."
             )
             return Job(locked, finished=True)
         prepare(experiment, Path(experiment.logging.root))

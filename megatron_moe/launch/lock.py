@@ -38,8 +38,8 @@ def acquire(path: Path) -> int:
             if error.errno in _UNSUPPORTED:
                 raise InputError(
                     f"logging.root: the file system of {path.parent} has no file locks, without which two "
-                    "jobs could overwrite each other: mount it with them (Lustre: -o flock) or choose another "
-                    "folder, e.g. logging.root=/tmp/runs"
+                    "jobs could overwrite each other: mount it with them (Lustre: -o flock) or choose "
+                    "another folder, e.g. logging.root=/tmp/runs"
                 ) from error
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise

@@ -1,4 +1,4 @@
-"""The process of one rank that `supervisor.run_ranks` started: `python -m megatron_moe.launch.rank COMMAND ...`.
+"""A rank that `supervisor.run_ranks` started: `python -m megatron_moe.launch.rank COMMAND ...`.
 
 It says nothing itself: what went wrong stands in its report; whoever started the ranks shows the first one.
 """

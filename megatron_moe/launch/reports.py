@@ -32,8 +32,8 @@ class Report:
     Attributes:
         time: seconds since the epoch.
         kind: `input`, a mistake of the user; `error`, any other exception; `secondary`, one that only says
-            that another rank is gone; `returned`, no exception: the rank's function asked for exit code `code`
-            and has said itself why.
+            that another rank is gone; `returned`, no exception: the rank's function asked for exit code
+            `code` and has said itself why.
         problems: the lines of an InputError.
     """
 

@@ -52,8 +52,12 @@ class StopRequest:
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
     """Inside, each of the signals raises `Stopped`, so that what was begun is cleaned up on the way out."""
+    owner = os.getpid()
 
     def raise_stopped(number: int, frame: FrameType | None) -> None:
+        # A forked worker has our handlers too, and is ended by SIGTERM as a matter of course.
+        if os.getpid() != owner:
+            os._exit(128 + number)
         raise Stopped
 
     before: dict[int, Any] = {
@@ -69,9 +73,11 @@ def signals_raise() -> Iterator[None]:
 
 def exit_on_sigterm(before: Callable[[], None] = lambda: None) -> None:
     """From here on SIGTERM runs `before` and ends this process with 75: a rank that has nothing to save."""
+    owner = os.getpid()
 
     def leave(number: int, frame: FrameType | None) -> None:
-        before()
+        if os.getpid() == owner:
+            before()
         # Not by an exception: in the middle of an import a library may turn it into another one.
         os._exit(exit_codes.START_AGAIN)
 
