@@ -163,12 +163,12 @@ def run(command: list[str], lock: int) -> None:
         process = subprocess.Popen(
             command, cwd=str(CLONE), env=environment, pass_fds=[lock], stdout=log, stderr=subprocess.STDOUT
         )
+        on_terminal = sys.stdout.isatty()
         while process.poll() is None:
-            time.sleep(0.05)
-            seconds = time.monotonic() - start
-            if sys.stdout.isatty() and seconds > 2:
-                print(f"\r  {seconds:.0f} s ", end="", flush=True)
-        if sys.stdout.isatty() and time.monotonic() - start > 2:
+            time.sleep(0.1)
+            if on_terminal:
+                print(f"\r  {time.monotonic() - start:.0f} s ", end="", flush=True)
+        if on_terminal:
             print("\r" + " " * 12 + "\r", end="", flush=True)
         if process.returncode != 0:
             raise Failure("Failed: {}\n{}".format(" ".join(command), last_lines(log)))
@@ -215,8 +215,6 @@ def making(folder: Path, made_from: Any) -> Iterator[int | None]:
         if read_note(folder) == made_from:  # somebody else made it while we waited
             yield None
             return
-        if folder.exists() and any(folder.iterdir()) and not (folder / NOTE).exists():
-            raise Failure(f"{folder} was not made by this program: move it away and run this again")
         remove(folder)
         folder.mkdir(parents=True)
         (folder / NOTE).touch()
@@ -289,10 +287,12 @@ def make_environment(folder: Path, pair: str | None, dev: bool) -> None:
     """Bring the clone's environment `folder`, and the layers that it needs, up to date."""
     if is_ready(folder, pair, dev):
         return
+    if folder.exists() and any(folder.iterdir()) and not (folder / NOTE).exists():
+        raise Failure(f"{folder} was not made by this program: move it away and run this again")
     interpreter = choose_interpreter(pair)
     say(f"Making the environment {folder.name} with Python {interpreter.version} ({interpreter.path})")
     key = dependency_key(interpreter)
-    packages = requirements("requires") + requirements("dependencies")
+    packages = requirements("dependencies") + requirements("requires")
     layers = [make_dependencies(interpreter, key, packages, None)]
     if dev:
         layers.append(make_dependencies(interpreter, key + "-dev", requirements("dev"), layers[0]))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROBE = """
-import importlib.util, json, sys, sysconfig, venv
+import importlib.util, json, os, sys, sysconfig, venv
 print(json.dumps([
-    getattr(sys, "_base_executable", sys.executable), sys.version.split()[0], sysconfig.get_platform(),
+    os.path.realpath(getattr(sys, "_base_executable", sys.executable)),
+    sys.version.split()[0], sysconfig.get_platform(),
     importlib.util.find_spec("ensurepip") is not None, importlib.util.find_spec("pip") is not None,
 ]))
 """
