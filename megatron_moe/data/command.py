@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from megatron_moe.data.documents import Unit
 from megatron_moe.data.indexed import bin_path, idx_path
 from megatron_moe.data.manifest import Manifest, manifest_path
 from megatron_moe.data.preprocess import preprocess
+from megatron_moe.data.staging import staging
 from megatron_moe.data.tokenizer_training import train_sentencepiece
-from megatron_moe.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_moe.data.tokenizers import load_tokenizer
 
 
 def run(
@@ -40,39 +42,40 @@ def run(
         )
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: at least one process has to work")
-    tokenizer, model = _tokenizer(inputs, output, kind, model, vocab_size, json_key)
-    manifest = preprocess(
+    _check_tokenizer(kind, model, vocab_size)
+    make = functools.partial(
+        preprocess,
         inputs,
         output,
-        tokenizer,
         documents=documents,
         json_key=json_key,
         append_eod=append_eod,
         workers=workers,
     )
+    if vocab_size is None:
+        manifest = make(load_tokenizer(kind, model))
+    else:
+        model = output.with_name(output.name + ".model")
+        with staging(model, wait=False) as folder:
+            # An earlier model stays until the token files of the new one are there.
+            trained = folder / model.name
+            train_sentencepiece(inputs, vocab_size, trained, json_key)
+            manifest = make(load_tokenizer(kind, trained))
+            trained.replace(model)
     _print_summary(manifest, output, model)
     return manifest
 
 
-def _tokenizer(
-    inputs: Sequence[str], output: Path, kind: str, model: Path | None, vocab_size: int | None, json_key: str
-) -> tuple[Tokenizer, Path | None]:
-    """The tokenizer and its model file, trained if that was asked for."""
-    if kind == "bytes":
-        if model is not None or vocab_size is not None:
-            raise InputError(
-                "--tokenizer bytes: has no model and always 257 ids; leave --model and --vocab-size out"
-            )
-        return load_tokenizer(kind, None), None
-    if (model is None) == (vocab_size is None):
+def _check_tokenizer(kind: str, model: Path | None, vocab_size: int | None) -> None:
+    if kind == "bytes" and (model is not None or vocab_size is not None):
+        raise InputError(
+            "--tokenizer bytes: has no model and always 257 ids; leave --model and --vocab-size out"
+        )
+    if kind == "sentencepiece" and (model is None) == (vocab_size is None):
         raise InputError(
             "--tokenizer sentencepiece: give either --model FILE, or --vocab-size N (for example 1024) "
             "to train one on the inputs"
         )
-    if vocab_size is not None:
-        model = output.with_name(output.name + ".model")
-        train_sentencepiece(inputs, vocab_size, model, json_key)
-    return load_tokenizer(kind, model), model
 
 
 def _print_summary(manifest: Manifest, output: Path, model: Path | None) -> None:

@@ -169,9 +169,16 @@ def _blocks(stream: io.BufferedIOBase, kind: str, may_split: bool) -> Iterator[b
         return
     while block := stream.read(CHUNK_BYTES):
         parts = [block, stream.readline()]
-        while kind == "paragraph" and parts[-1].strip():
-            parts.append(stream.readline())
+        if kind == "paragraph":
+            parts += _through_blank_line(stream)
         yield b"".join(parts)
+
+
+def _through_blank_line(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    while line := stream.readline():
+        yield line
+        if not line.strip():
+            return
 
 
 def _decode(chunk: Chunk) -> str:

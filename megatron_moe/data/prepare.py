@@ -176,8 +176,12 @@ def _train(section: Prepare, spec: TokenizerSection, output: Path) -> None:
         raise InputError(
             "data.tokenizer.vocab_size: needed to train a sentencepiece tokenizer, for example 1024"
         )
-    with _naming("data.tokenizer"):
+    try:
         train_sentencepiece(section.input, spec.vocab_size, output, section.json_key)
+    except InputError as error:
+        problem = str(error)
+        key = "data.tokenizer." if problem.startswith("vocab_size:") else "data.prepare: "
+        raise InputError(key + problem) from None
 
 
 def _tokenizer_in(folder: Path, spec: TokenizerSection) -> Tokenizer:

@@ -141,6 +141,8 @@ def _documents(
     seq_length = experiment.training.seq_length
     if found <= seq_length:
         hint = f"training.seq_length below {found}" if found > 2 else "another data.split"
+        if split is Split.valid:
+            hint += ", leave training.eval_interval out"
         if len(tokens) < 100:
             hint += ", or more and smaller documents (data.prepare.documents: paragraph)"
         raise InputError(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -24,7 +25,7 @@ def reading_progress(title: str, total_bytes: int) -> Iterator[Callable[[int], N
     start = time.monotonic()
     if not console.is_terminal:
         yield lambda bytes_read: None
-        console.print(f"{title}: {total_bytes / 1e6:,.1f} MB in {time.monotonic() - start:.1f} s")
+        console.print(f"{title}: {decimal(total_bytes)} in {time.monotonic() - start:.1f} s")
         return
     columns = (
         TextColumn("{task.description}"),
