@@ -46,10 +46,10 @@ def train(config_path: Path, overrides: Sequence[str]) -> int:
     if rank is not None:
         return joined.train(config_path, overrides, rank)
 
-    loaded = load(config_path, overrides, world_size=None)
-    layout_plan = plan.make(loaded.experiment)
     try:
         with signals_raise():
+            loaded = load(config_path, overrides, world_size=None)
+            layout_plan = plan.make(loaded.experiment)
             job = begin(loaded, layout_plan, print)
     except Stopped:
         print("Stopped before the training began.", file=sys.stderr)
@@ -80,10 +80,10 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
         raise InputError(
             "verify starts its ranks itself: run it without torchrun or srun, RANK and WORLD_SIZE unset"
         )
-    experiment = load(config_path, overrides, world_size=None).experiment
-    world_size = plan.make(experiment).layout.world_size
     try:
         with signals_raise(), tempfile.TemporaryDirectory(prefix="megatron-moe-verify-") as folder:
+            experiment = load(config_path, overrides, world_size=None).experiment
+            world_size = plan.make(experiment).layout.world_size
             prepare(experiment, Path(experiment.logging.root))
             at = Path(folder)
             (at / "layout.yaml").write_text(to_yaml(experiment))

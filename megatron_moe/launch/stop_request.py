@@ -53,11 +53,14 @@ class StopRequest:
 def signals_raise() -> Iterator[None]:
     """Inside, each of the signals raises `Stopped`, so that what was begun is cleaned up on the way out."""
     owner = os.getpid()
+    came = False
 
     def raise_stopped(number: int, frame: FrameType | None) -> None:
+        nonlocal came
         # A forked worker has our handlers too, and is ended by SIGTERM as a matter of course.
         if os.getpid() != owner:
             os._exit(128 + number)
+        came = True
         raise Stopped
 
     before: dict[int, Any] = {
@@ -67,6 +70,11 @@ def signals_raise() -> Iterator[None]:
     }
     try:
         yield
+    except Exception:
+        # A library's C++ part that called back into Python (sentencepiece) makes an error of its own of it.
+        if came:
+            raise Stopped from None
+        raise
     finally:
         _restore(before)
 

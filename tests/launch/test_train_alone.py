@@ -147,3 +147,19 @@ def test_one_job_at_a_time_and_a_stopped_one_asks_to_be_started_again(tmp_path, 
     monkeypatch.setenv("FAKE_TRAINING", "pass")
     assert train(config) == (0, "", "")
     assert not (run / "requeue").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_data_is_made_leaves_nothing_behind(tmp_path, monkeypatch, number):
+    config = install(tmp_path, monkeypatch)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"the {word} of number {word}\n\n" for word in range(400_000)))
+    prepare = f"{{input: [{corpus}], documents: paragraph}}"
+    process = start(config, f"data={{kind: pretraining, prepare: {prepare}, tokenizer: {{vocab_size: 100}}}}")
+    # The staging folder of the data: from here on sentencepiece, then the encoding works.
+    wait_until(lambda: any((tmp_path / "runs").glob("prepared/*")))
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (75, "")
+    assert errors.splitlines()[-1] == "Stopped before the training began." and "Traceback" not in errors
+    assert not any(path.is_file() for path in (tmp_path / "runs").rglob("*"))
