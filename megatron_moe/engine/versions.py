@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import queue
 from typing import Any
 
 
@@ -17,3 +18,35 @@ def repair_missing_transformer_engine() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def write_checkpoints_in_process() -> None:
+    """Let the rank itself write its checkpoint files.
+
+    Megatron-Core hands even a plain, synchronous save to worker processes: a spawned manager that outlives the trainer and keeps its
+    output open, and in 0.16 forked writers, unsafe beside gloo's threads, whose death leaves the trainer waiting for ever.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+    writer = filesystem_async.FileSystemWriterAsync
+    if hasattr(writer, "write_preloaded_data_multiproc"):  # 0.16; 0.19 writes in the process with one thread
+        writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
+    """Write each bucket in turn; the results, or the first error, go to `results` as Megatron-Core expects."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    written: Any = {}
+    for index, bucket in enumerate(buckets):
+        done: queue.Queue[Any] = queue.Queue()
+        pending: queue.Queue[Any] = queue.Queue()
+        pending.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, done, pending, use_fsync=True)
+        _, outcome = done.get()
+        if isinstance(outcome, Exception):
+            written = outcome
+            break
+        written[index] = outcome
+    results.put(written)
