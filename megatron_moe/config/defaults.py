@@ -6,8 +6,10 @@ needs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,49 +30,51 @@ class Underivable(Exception):
         super().__init__(problem.text if problem else "")
 
 
+@dataclass
+class Filled:
+    """An experiment with its derived defaults, and what stood in the way of some."""
+
+    experiment: Experiment
+    derived: set[str] = field(default_factory=set)
+    problems: list[Problem] = field(default_factory=list)
+    partial: bool = False
+    """The experiment lacks keys, broken or underivable ones: reading one raises AttributeError."""
+
+
 def fill(experiment: Experiment, world_size: int | None = None) -> Experiment:
     """The experiment with a value for every key whose default is derived.
 
     `world_size` is the number of ranks where it is known (torchrun, srun); it decides the data-parallel size.
     Raises ConfigError where the values contradict each other so that no default follows.
     """
-    filled, _, problems = attempt(experiment, world_size)
-    if (contradiction := world_size_problem(filled, world_size)) is not None:
-        problems.append(contradiction)
-    if problems:
-        values = dict(leaves(filled))
-        raise ConfigError(*(problem.render(values, {}) for problem in problems))
-    return filled
+    filled = attempt(experiment, world_size)
+    if filled.partial or filled.problems:
+        values = dict(leaves(filled.experiment))
+        raise ConfigError(*(problem.render(values, {}) for problem in filled.problems))
+    return filled.experiment
 
 
-def attempt(
-    experiment: Experiment, world_size: int | None = None, partial: bool = False
-) -> tuple[Experiment, set[str], list[Problem]]:
-    """`fill`, with the keys that were derived and the problems met.
-
-    A `partial` experiment lacks its broken keys: reading one raises AttributeError, and what depends on it is
-    skipped. The result lacks the keys that could not be derived in the same way.
-    """
-    derived: set[str] = set()
-    problems: list[Problem] = []
+def attempt(experiment: Experiment, world_size: int | None = None, partial: bool = False) -> Filled:
+    """`fill` as far as it goes: what depends on a key that a `partial` experiment lacks is left out."""
+    filled = Filled(experiment, partial=partial)
     for key, derive in DERIVED_KEYS:
         try:
-            if _given(experiment, key):
+            if _given(filled.experiment, key):
                 continue
-            value = derive(experiment, world_size)
+            value = derive(filled.experiment, world_size)
         except Underivable as error:
-            problems += [error.problem] if error.problem else []
-            experiment, partial = _without(experiment, key), True
-            continue
+            filled.problems += [error.problem] if error.problem else []
+            filled.experiment, filled.partial = _without(filled.experiment, key), True
         except AttributeError:
-            if not partial:
+            if not filled.partial:
                 raise
-            experiment = _without(experiment, key)
-            continue
-        if value is not None:
-            experiment = _with(experiment, key, value)
-            derived.add(key)
-    return experiment, derived, problems
+            filled.experiment = _without(filled.experiment, key)
+        else:
+            filled.experiment = _with(filled.experiment, key, value)
+            filled.derived.add(key)
+    with contextlib.suppress(AttributeError) if filled.partial else contextlib.nullcontext():
+        filled.problems += world_size_contradicted(filled.experiment, world_size)
+    return filled
 
 
 def _given(experiment: Experiment, key: str) -> bool:
@@ -225,21 +229,20 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
 ]
 
 
-def world_size_problem(e: Experiment, world_size: int | None) -> Problem | None:
-    """A data-parallel size that the user set and that the number of ranks contradicts."""
+def world_size_contradicted(e: Experiment, world_size: int | None) -> list[Problem]:
+    """The problem of a data-parallel size that the number of ranks contradicts, if it does."""
     p = e.parallel
-    if world_size is None or p.data_parallel_size is None:
-        return None
+    assert p.data_parallel_size is not None
     model_ranks = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
-    if model_ranks * p.data_parallel_size == world_size:
-        return None
+    if world_size is None or model_ranks * p.data_parallel_size == world_size:
+        return []
     if world_size % model_ranks:
-        return _ranks_do_not_fit(world_size, model_ranks)
+        return [_ranks_do_not_fit(world_size, model_ranks)]
     others = tuple(f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
     text = f"times {others[0]} times {others[1]} times {others[2]} is not {world_size}, the number of ranks"
     started = model_ranks * p.data_parallel_size
     advice = f"set {world_size // model_ranks}, leave it out, or start {started} ranks"
-    return Problem(("parallel.data_parallel_size", *others), text, advice)
+    return [Problem(("parallel.data_parallel_size", *others), text, advice)]
 
 
 def nearest_multiples(value: int, of: int) -> str:

@@ -40,7 +40,7 @@ def _read(path: str, text: str, above: tuple[str, ...]) -> Tree:
     resolve_paths(own.values, os.path.dirname(os.path.abspath(path)))
     merged = Tree()
     line = own.origins.pop(("extends",), Origin("file", path, 1)).line
-    for name in _names(bases, f"{path}:{line}", own.problems):
+    for name in _names(bases, f"{path}:{line}", own):
         base = os.path.join(os.path.dirname(path), os.path.expanduser(name))
         chain = (*above, path)
         if any(os.path.realpath(base) == os.path.realpath(other) for other in chain):
@@ -59,15 +59,16 @@ def _read(path: str, text: str, above: tuple[str, ...]) -> Tree:
     return merged
 
 
-def _names(bases: Any, place: str, problems: list[str]) -> list[str]:
+def _names(bases: Any, place: str, tree: Tree) -> list[str]:
     names = [bases] if isinstance(bases, str) else bases
     if names is None:
         return []
     if isinstance(names, list) and all(isinstance(name, str) and name for name in names):
         return names
-    problems.append(
+    tree.problems.append(
         f"{place}: extends: must be a file name or a list of them ({bases}); for example [base.yaml]"
     )
+    tree.incomplete = True
     return []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_moe.config import overrides as override_arguments
 from megatron_moe.config.checking import check
-from megatron_moe.config.defaults import attempt, world_size_problem
+from megatron_moe.config.defaults import attempt
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.extends import read_text, read_with_bases
 from megatron_moe.config.keys import leaves
@@ -42,11 +42,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
         raise ConfigError(*tree.problems)
     override_arguments.apply(tree, overrides)
     checked = check(tree.values, tree.origins, file, tree.incomplete)
-    partial = bool(checked.broken)
-    experiment, derived, found = attempt(checked.experiment, world_size, partial)
-    partial = partial or bool(found)
-    contradiction = None if partial else world_size_problem(experiment, world_size)
-    found += [contradiction] if contradiction else violations(experiment, partial)
+    filled = attempt(checked.experiment, world_size, partial=bool(checked.broken))
+    experiment, derived = filled.experiment, filled.derived
+    found = [] if tree.incomplete else filled.problems + violations(experiment, filled.partial)
     values = dict(leaves(experiment))
     written = {dotted(path): origin for path, origin in tree.origins.items()}
     provenance = {key: DERIVED if key in derived else written.get(key, DEFAULT) for key in values}

@@ -51,6 +51,8 @@ def remedy(annotation: Any, value: Any, default: Any) -> str:
             return f"write {rewritten}"
     if default is not None:
         return f"for example {shown(default)}"
+    if section_in(annotation) is not None:
+        return "see configs/quickstart.yaml"
     return f"for example {_example(alternatives(annotation)[0])}"
 
 
@@ -131,8 +133,6 @@ def _number(kind: type[int] | type[float], constraints: dict[str, Any], value: A
 
 def _example(annotation: Any) -> str:
     inner, constraints = _unwrapped(annotation)
-    if section_in(inner) is not None:
-        return "see configs/quickstart.yaml"
     if get_origin(inner) is list:
         return f"[{_example(alternatives(get_args(inner)[0])[0])}]"
     if get_origin(inner) is Literal:

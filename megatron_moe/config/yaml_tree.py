@@ -156,7 +156,9 @@ def _reason(error: YAMLError) -> str:
 
 
 def _syntax_problem(error: YAMLError, file: str) -> str:
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    mark = getattr(error, "problem_mark", None)
+    if mark is None or "end" in str(getattr(error, "problem", "")):  # what was never closed began elsewhere
+        mark = getattr(error, "context_mark", None) or mark
     place = f"{file}:{mark.line + 1}" if mark is not None else file
     return (
         f"{place}: this is not YAML: {_reason(error)}; look at the brackets, quotes and indentation around it"

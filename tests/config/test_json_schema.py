@@ -1,0 +1,44 @@
+"""The schema for editors is the one that the loader follows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.json_schema import json_schema, json_schema_text
+from megatron_moe.config.keys import known_keys
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_the_file_is_in_step() -> None:
+    """Otherwise: python -m megatron_moe.config.json_schema > configs/schema.json"""
+    assert (CONFIGS / "schema.json").read_text(encoding="utf-8") == json_schema_text()
+
+
+def test_every_key_is_there_and_described() -> None:
+    schema = json.loads(json_schema_text())
+    for key in known_keys():
+        node: dict[str, Any] = schema
+        *way, name = key.split(".")
+        for part in way:
+            node = resolve(schema, node["properties"][part])
+        found = node["properties"][name]
+        assert "description" in found or "description" in resolve(schema, found) or key == "name", key
+    assert "extends" in schema["properties"]
+
+
+def resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """The definition behind a reference, also behind `X or null`."""
+    for option in (node, *node.get("anyOf", ())):
+        if "$ref" in option:
+            definition: dict[str, Any] = schema["$defs"][option["$ref"].rpartition("/")[2]]
+            return definition
+    return node
+
+
+def test_a_file_that_extends_another_may_leave_anything_out() -> None:
+    schema = json_schema()
+    assert "required" not in schema
+    assert schema["additionalProperties"] is False

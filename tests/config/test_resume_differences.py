@@ -1,0 +1,117 @@
+"""What may change between a save and the run that goes on from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiment_files import DENSE, MOE, loaded
+
+from megatron_moe.config.dump import to_yaml
+from megatron_moe.config.resume import differences
+from megatron_moe.config.yaml_tree import parse
+
+TP = "parallel.tensor_model_parallel_size=2"
+
+
+def compare(
+    folder: Path, before: list[str], after: list[str], text: str = MOE
+) -> tuple[list[Any], list[Any]]:
+    saved = parse(to_yaml(loaded(folder, text, *before).experiment), "resolved.yaml").values
+    current = loaded(folder, text, *after).experiment
+    by_mapping = differences(saved, current)
+    assert by_mapping == differences(loaded(folder, text, *before).experiment, current)
+    return by_mapping
+
+
+def test_the_same_experiment_does_not_differ(tmp_path: Path) -> None:
+    overrides = ["model.megatron_core={qk_layernorm: true}", TP]
+    assert compare(tmp_path, overrides, overrides) == ([], [])
+    assert compare(tmp_path, [], [], DENSE) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.train_iters=20",
+        "training.micro_batch_size=2",
+        "training.eval_interval=3",
+        "checkpoint.save_interval=3",
+        "logging.root=elsewhere",
+        "launch.threads_per_rank=1",
+        "resilience.collective_timeout_s=5",
+        TP,
+        "parallel.pipeline_model_parallel_size=2",
+        "recompute.layers_per_stage=[2]",
+        "parallel.data_parallel_size=2",
+        "moe.moe_token_dispatcher_type=allgather",
+    ],
+)
+def test_allowed(tmp_path: Path, override: str) -> None:
+    allowed, refused = compare(tmp_path, [], [override])
+    assert refused == []
+    assert override.partition("=")[0] in [key for key, _, _ in allowed]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.seed=2",
+        "training.global_batch_size=16",
+        "training.seq_length=32",
+        "training.precision=bf16",
+        "model.num_layers=8",
+        "model.hidden_dropout=0.1",
+        "model.megatron_core.qk_layernorm=true",
+        "model.make_vocab_size_divisible_by=64",
+        "moe.moe_aux_loss_coeff=0.5",
+        "moe.num_moe_experts=4",
+        "optimizer.lr=1e-3",
+        "optimizer.lr_decay_iters=99",
+        "optimizer.weight_decay=0",
+        "data.split=[9, 1]",
+        "moe=null",
+    ],
+)
+def test_refused(tmp_path: Path, override: str) -> None:
+    key = override.partition("=")[0]
+    for before, after in (([], [override]), ([override], [])):
+        _, refused = compare(tmp_path, before, after)
+        assert any(name == key or name.startswith(f"{key}.") for name, _, _ in refused)
+
+
+def test_old_and_new_values_are_named(tmp_path: Path) -> None:
+    assert compare(tmp_path, [], ["training.seed=2"]) == ([], [("training.seed", 1234, 2)])
+
+
+def test_a_schedule_over_the_whole_run_follows_its_length(tmp_path: Path) -> None:
+    longer = "training.train_iters=100"
+    allowed, refused = compare(
+        tmp_path, ["optimizer.lr_warmup_fraction=0.1"], ["optimizer.lr_warmup_fraction=0.1", longer]
+    )
+    assert refused == []
+    assert [key for key, _, _ in allowed] == [
+        "optimizer.lr_warmup_iters",
+        "optimizer.lr_decay_iters",
+        "training.train_iters",
+    ]
+    _, refused = compare(tmp_path, ["optimizer.lr_decay_iters=5"], ["optimizer.lr_decay_iters=100", longer])
+    assert [key for key, _, _ in refused] == ["optimizer.lr_decay_iters"]
+
+
+def test_files_may_move_but_not_change_their_reading(tmp_path: Path) -> None:
+    text = DENSE.replace("kind: mock", "prepare: {input: [a.txt]}")
+    allowed, refused = compare(tmp_path, [], ["data.prepare.input=[/b.txt]"], text)
+    assert ([key for key, _, _ in allowed], refused) == (["data.prepare.input"], [])
+    _, refused = compare(tmp_path, [], ["data.prepare.documents=line"], text)
+    assert [key for key, _, _ in refused] == ["data.prepare.documents"]
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path: Path) -> None:
+    saved = parse(to_yaml(loaded(tmp_path, MOE).experiment), "resolved.yaml").values
+    del saved["optimizer"]["adam_beta1"], saved["launch"]
+    assert differences(saved, loaded(tmp_path, MOE).experiment) == ([], [])
+    saved["optimizer"]["gone"] = 3
+    _, refused = differences(saved, loaded(tmp_path, MOE, "optimizer.adam_beta1=0.5").experiment)
+    assert refused == [("optimizer.adam_beta1", 0.9, 0.5), ("optimizer.gone", 3, None)]

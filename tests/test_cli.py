@@ -1,0 +1,146 @@
+"""The command line: what reaches a command, what its exit code is, what the user sees of a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_moe import __version__
+from megatron_moe.cli import main
+from megatron_moe.config.loading import load
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+COMMANDS = ["validate", "plan", "train", "verify", "preprocess"]
+
+
+def exit_code(*arguments: str) -> int:
+    """The exit code of a command, whichever way it leaves."""
+    try:
+        return main(arguments)
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_each_command_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    assert f"    {command}" in capsys.readouterr().out
+    assert exit_code(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  megatron-moe {command} " in text
+    assert "CONFIG" in text or command == "preprocess"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"megatron-moe {__version__}\n"
+
+
+def test_validate_prints_an_experiment_that_loads_to_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in ([], ["--provenance"]):
+        assert exit_code("validate", QUICKSTART, *options, "training.seed=5") == 0
+        again = tmp_path / "again.yaml"
+        again.write_text(capsys.readouterr().out)
+        assert load(again).experiment == load(QUICKSTART, ["training.seed=5"]).experiment
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("iterations", [1, 2, 7, 1000])
+def test_the_quickstart_holds_for_the_promised_sizes(tp: int, pp: int, iterations: int) -> None:
+    sizes = {
+        "parallel.tensor_model_parallel_size": tp,
+        "parallel.pipeline_model_parallel_size": pp,
+        "training.train_iters": iterations,
+    }
+    for replicas in (1, 2, 4):
+        load(QUICKSTART, [f"{key}={size}" for key, size in sizes.items()], world_size=tp * pp * replicas)
+
+
+def test_overrides_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    code = exit_code("validate", "training.seed=1", "--provenance")
+    assert code == 2, "CONFIG comes first"
+    assert exit_code("validate", QUICKSTART, "training.seed=1", "--provenance", "optimizer.lr=0.5") == 0
+    text = capsys.readouterr().out
+    assert "  seed: 1 " in text
+    assert "  lr: 0.5 " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["validate", QUICKSTART, "training.sed=1"],
+            "override training.sed: unknown key; did you mean training.seed?",
+        ),
+        (["validate", "none.yaml"], "none.yaml: there is no such file; name an existing YAML file"),
+        (["plan", QUICKSTART, "--gpus", "3"], "which does not divide the 3 ranks"),
+        (
+            ["train", QUICKSTART, "model.num_layers=0"],
+            "override model.num_layers: must be a whole number of at least 1",
+        ),
+        (["verify", QUICKSTART, "moe.moe_router_topk=9"], "override moe.moe_router_topk: 9 is more than"),
+    ],
+)
+def test_mistakes_are_lines_on_stderr_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["trian", QUICKSTART], "invalid choice: 'trian'"),
+        (["train"], "CONFIG"),
+        (["train", QUICKSTART, "--fast"], "train does not take --fast"),
+        (["plan", QUICKSTART, "--gpus", "0"], "must be a whole number of at least 1, not 0"),
+        (["verify", QUICKSTART, "--tolerance", "-1"], "must be a number above 0"),
+        (["verify", QUICKSTART, "--tol", "1"], "verify does not take --tol"),
+        (
+            ["preprocess", "--input", "a", "--output", "b", "--no-append-eod", "c=d"],
+            "preprocess does not take c=d",
+        ),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(*arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_validate_finds_input_files_that_are_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "none.txt"
+    assert exit_code("validate", QUICKSTART, f"data.prepare.input=[{QUICKSTART}, {path}]") == 2
+    assert capsys.readouterr().err == (
+        f"override data.prepare.input: names {path}, and there is no such file; name an existing file\n"
+    )
+    assert exit_code("plan", QUICKSTART, f"data.prepare.input=[{path}]", "--json") == 0, (
+        "a plan needs no data"
+    )
+
+
+def test_a_reader_that_goes_away_is_no_error_message() -> None:
+    program = [sys.executable, "-m", "megatron_moe", "validate", QUICKSTART]
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
