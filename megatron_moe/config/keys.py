@@ -117,5 +117,6 @@ def meant(key: str) -> str | None:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     if close:
         return names[close[0]]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    elsewhere = [other for other in known if not key.startswith(f"{other}.")]
+    close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
     return close[0] if close else None

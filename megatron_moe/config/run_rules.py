@@ -46,7 +46,7 @@ def data_said_once(e: Experiment) -> Problems:
                 yield Problem(
                     (key, "data.kind"),
                     "is not read under data.kind",
-                    "leave it out, or set data.kind to pretraining",
+                    f"set {key.removesuffix('.input')} to null, or data.kind to pretraining",
                 )
     elif d.path is None and d.prepare is None:
         yield Problem(
@@ -65,7 +65,7 @@ def tokenizer_said_once(e: Experiment) -> Problems:
         for key, value in ((model, t.model), (size, t.vocab_size)):
             if value is not None:
                 yield Problem(
-                    (key, "data.tokenizer.kind"), "is not used with data.tokenizer.kind", "leave it out"
+                    (key, "data.tokenizer.kind"), "is not used with data.tokenizer.kind", "set it to null"
                 )
     elif t.model is not None and t.vocab_size is not None:
         yield Problem(

@@ -115,7 +115,7 @@ def _number(kind: type[int] | type[float], constraints: dict[str, Any], value: A
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
-        number = float(str(value).replace(",", "").replace("_", ""))
+        number = float(re.sub(r"(?<=\d),(?=\d{3}\b)", "", str(value)))
     except ValueError:
         return None
     if kind is int and not number.is_integer():

@@ -132,6 +132,7 @@ def test_an_override_takes_the_experts_away_and_brings_them_back(tmp_path: Path)
             "override model.num_moe_experts: unknown key; did you mean moe.num_moe_experts?",
         ),
         ("modle.num_layers=3", "override modle.num_layers: unknown key; did you mean model.num_layers?"),
+        ("parallel.tp=3", "override parallel.tp: unknown key; parallel has tensor_model_parallel_size, "),
         ("training", "override training: is no assignment; write section.key=value, for example "),
         ("=3", "override =3: is no assignment"),
         ("training.seed=[1", "override training.seed: is not YAML"),
@@ -181,8 +182,8 @@ def test_a_rule_names_both_keys_their_values_and_lines(tmp_path: Path) -> None:
     found = problems(tmp_path, text, ["model.num_query_groups=2", "parallel.expert_model_parallel_size=1"])
     assert (
         "experiment.yaml:2: model.num_attention_heads: 4 is not divisible by "
-        "parallel.tensor_model_parallel_size (3, experiment.yaml:7); use 3 or 6, or tensor_model_parallel_size 1, 2 or 4"
-        in found
+        "parallel.tensor_model_parallel_size (3, experiment.yaml:7); "
+        "use 3 or 6, or tensor_model_parallel_size 1, 2 or 4" in found
     )
     assert any(line.startswith("override model.num_query_groups: 2 is not divisible by") for line in found)
 
@@ -210,6 +211,8 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         ("parallel.sequence_parallel=no", 'true or false ("no"); write false'),
         ("training.precision=BF16", 'one of auto, fp32, bf16 ("BF16"); write bf16'),
         ("optimizer.lr=0", "a number above 0 (0); for example 0.0003"),
+        ("optimizer.lr=1,5", 'a number above 0 ("1,5"); for example 0.0003'),
+        ("training.seed=12,345", 'a whole number of at least 0 ("12,345"); write 12345 without quotes'),
         ("optimizer.lr=.nan", "a number above 0 (NaN); for example 0.0003"),
         ("optimizer.adam_beta1=1", "a number of at least 0 and below 1 (1); for example 0.9"),
         (
