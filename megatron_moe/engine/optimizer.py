@@ -10,7 +10,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.adam import FusedAdam
 
 
-def wrap_data_parallel(experiment: Experiment, config: Any, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+def wrap_data_parallel(config: Any, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Each model chunk in Megatron-Core's DistributedDataParallel, gradients sharded for the distributed optimizer.
 
     Args:

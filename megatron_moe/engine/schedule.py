@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,45 @@ def zero_gradients(chunks: list[torch.nn.Module], optimizer: Any) -> None:
 
 
 def update(optimizer: Any) -> tuple[bool, float]:
-    """Clip and step; (whether the weights were updated, global gradient norm before clipping)."""
-    successful, norm, _ = optimizer.step()
-    return bool(successful), float(norm)
+    """Clip and step, unless the gradient norm is not finite: then the weights stay as they are.
+
+    As Megatron-Core's ChainedOptimizer.step, which would step all the same.
+
+    Returns:
+        whether the weights were updated; the global gradient norm before clipping.
+    """
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return False, norm
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    return bool(optimizer.step_with_ready_grads()), norm
+
+
+def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
+    """Sum of the last stages' reports over all replicas, on every rank."""
+    from megatron.core import parallel_state
+
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    # The tensor-parallel ranks of a stage report the same: one speaks.
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        total += torch.stack(reports).sum(0)
+    torch.distributed.all_reduce(total)
+    return [float(value) for value in total]
+
+
+def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return on_device
+    mine: dict[str, Tensor] = get_batch_on_this_cp_rank(on_device)
+    return mine

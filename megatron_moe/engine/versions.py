@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import queue
 from typing import Any
 
@@ -50,3 +51,8 @@ def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any]
             break
         written[index] = outcome
     results.put(written)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what decides the numbers; recorded in each checkpoint."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "megatron-core", "numpy")}

@@ -1,0 +1,127 @@
+"""The metrics of a step: one table, from sums over the global batch to the numbers in metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.training.moe_sums import COLUMNS, MoESums, local_sums, split
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What a step came to over all ranks.
+
+    Attributes:
+        loss: sum of the language-model losses of all target tokens of the global batch.
+        targets: number of those tokens.
+        stop_requested: whether any rank was asked to stop.
+        moe: None for a dense model.
+    """
+
+    loss: float
+    targets: float
+    stop_requested: bool
+    moe: MoESums | None
+
+
+def reduce_step(
+    experiment: Experiment,
+    chunks: list[torch.nn.Module],
+    reports: list[Tensor],
+    stop_requested: bool,
+    device: torch.device,
+) -> StepSums:
+    """Sum over all ranks what each has seen of the step: one collective over the world, and every rank takes part.
+
+    Args:
+        reports: [loss sum, targets] a microbatch, on the last pipeline stage; else empty.
+    """
+    from megatron.core import parallel_state
+
+    head = torch.zeros(3, dtype=torch.float64, device=device)
+    # The tensor-parallel ranks of a stage hold the same loss: one speaks.
+    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
+        head[:2] = torch.stack(reports).sum(0)
+    head[2] = float(stop_requested)
+    parts = [head]
+    if experiment.moe is not None:
+        parts.append(local_sums(experiment, chunks, device).flatten())
+    total = torch.cat(parts)
+    dist.all_reduce(total)
+    total = total.cpu()
+    moe = None
+    if experiment.moe is not None:
+        experts = experiment.moe.num_moe_experts
+        moe = split(total[3:].view(experiment.model.num_layers, experts + len(COLUMNS)), experts)
+    return StepSums(float(total[0]), float(total[1]), float(total[2]) > 0, moe)
+
+
+MOE_METRICS: dict[str, Callable[[MoESums, Experiment], float]] = {
+    "moe/aux_loss": lambda sums, _: _mean_over_layers(sums, "aux_loss", "microbatches"),
+    "moe/z_loss": lambda sums, _: _mean_over_layers(sums, "z_loss", "microbatches"),
+    "moe/drop_rate": lambda sums, _: _ratio(sums.column("dropped").sum(), sums.column("assigned").sum()),
+    "moe/would_drop_rate": lambda sums, _: _ratio(sums.column("would_drop").sum(), sums.column("assigned").sum()),
+    "moe/load_max_over_mean": lambda sums, _: _mean(_load_max_over_mean(sums)),
+    "moe/dead_experts": lambda sums, _: float((_moe_rows(sums.load, sums) == 0).sum()),
+}
+"""Every step: key -> number."""
+
+LAYER_METRICS: dict[str, Callable[[MoESums, Experiment], list[float]]] = {
+    "moe/per_layer/drop_rate": lambda sums, _: _quotients(sums, "dropped", "assigned"),
+    "moe/per_layer/aux_loss_coeff": lambda sums, experiment: [_aux_loss_coeff(experiment)] * len(sums.load),
+    "moe/per_layer/load_max_over_mean": lambda sums, _: _load_max_over_mean(sums),
+    "moe/per_layer/top1_over_top2": lambda sums, _: _quotients(sums, "top1", "top2"),
+}
+"""Every `logging.detail_interval` steps: key -> one number a layer, NaN where the layer is dense."""
+
+
+def moe_metrics(sums: MoESums, experiment: Experiment, detailed: bool) -> dict[str, Any]:
+    """The MoE part of a step's record."""
+    record: dict[str, Any] = {key: compute(sums, experiment) for key, compute in MOE_METRICS.items()}
+    assert experiment.moe is not None
+    if experiment.moe.moe_expert_capacity_factor is not None:
+        del record["moe/would_drop_rate"]
+    if detailed:
+        dense = (sums.column("microbatches") == 0).tolist()
+        for key, compute_layers in LAYER_METRICS.items():
+            values = compute_layers(sums, experiment)
+            record[key] = [math.nan if is_dense else value for value, is_dense in zip(values, dense, strict=True)]
+    return record
+
+
+def _aux_loss_coeff(experiment: Experiment) -> float:
+    assert experiment.moe is not None
+    return 0.0 if experiment.moe.moe_router_load_balancing_type == "none" else experiment.moe.moe_aux_loss_coeff
+
+
+def _load_max_over_mean(sums: MoESums) -> list[float]:
+    return [_ratio(load.max(), load.mean()) for load in sums.load]
+
+
+def _moe_rows(values: Tensor, sums: MoESums) -> Tensor:
+    return values[sums.column("microbatches") > 0]
+
+
+def _mean_over_layers(sums: MoESums, name: str, per: str) -> float:
+    return float((_moe_rows(sums.column(name), sums) / _moe_rows(sums.column(per), sums)).mean())
+
+
+def _quotients(sums: MoESums, over: str, under: str) -> list[float]:
+    return [_ratio(a, b) for a, b in zip(sums.column(over), sums.column(under), strict=True)]
+
+
+def _mean(values: list[float]) -> float:
+    there = [value for value in values if not math.isnan(value)]
+    return sum(there) / len(there) if there else math.nan
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float(a) / float(b) if float(b) else math.nan

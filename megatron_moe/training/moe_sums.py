@@ -1,0 +1,94 @@
+"""What all routers of all ranks did in one step, summed so that it does not depend on the layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.config.schema import Experiment, MoE
+from megatron_moe.engine.checkpoint import unwrap
+
+COLUMNS = ("microbatches", "assigned", "dropped", "would_drop", "aux_loss", "z_loss", "top1", "top2")
+
+
+@dataclass(frozen=True)
+class MoESums:
+    """Sums over the global batch, one row a transformer layer; dense layers have zeros.
+
+    Attributes:
+        load: [layers, e] assignments an expert, before drops.
+        columns: [layers, len(COLUMNS)]; the losses are sums over microbatches of the microbatch's value.
+    """
+
+    load: Tensor
+    columns: Tensor
+
+    def column(self, name: str) -> Tensor:
+        """[layers] of one of `COLUMNS`."""
+        return self.columns[:, COLUMNS.index(name)]
+
+
+def local_sums(experiment: Experiment, chunks: list[torch.nn.Module], device: torch.device) -> Tensor:
+    """[layers, e + len(COLUMNS)] float64: this rank's share of the sums; adding up all ranks' gives `MoESums`.
+
+    Collective over the ranks that share a microbatch (TP x CP).
+    """
+    from megatron.core import parallel_state
+
+    moe = experiment.moe
+    assert moe is not None
+    total = torch.zeros(
+        experiment.model.num_layers, moe.num_moe_experts + len(COLUMNS), dtype=torch.float64, device=device
+    )
+    routers = [router for chunk in chunks for router in _routers(chunk)]
+    if not routers:
+        return total
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    rows = torch.stack([router.statistics.take() for router in routers])  # [routers, microbatches, width]
+    dist.all_reduce(rows, group=group)
+    # Now each rank of the group has the whole microbatch; one of them speaks for it.
+    if group.rank() == 0:
+        for router, microbatches in zip(routers, rows, strict=True):
+            total[router.layer_number - 1] = _layer_sums(microbatches, moe)
+    return total
+
+
+def split(total: Tensor, num_experts: int) -> MoESums:
+    """The sums of all ranks, taken apart."""
+    return MoESums(total[:, :num_experts], total[:, num_experts:])
+
+
+def _routers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+    from megatron_moe.model.moe.router import Router
+
+    return [module for module in unwrap(chunk).modules() if isinstance(module, Router)]
+
+
+def _layer_sums(rows: Tensor, moe: MoE) -> Tensor:
+    """[e + len(COLUMNS)] of one layer's microbatches [m, width] (see `model.moe.statistics`)."""
+    e = moe.num_moe_experts
+    routed, kept, probs = rows[:, :e], rows[:, e : 2 * e], rows[:, 2 * e : 3 * e]
+    z_squares, top1, top2, tokens = rows[:, 3 * e :].unbind(1)
+    tokens_or_one = tokens.clamp(min=1.0)
+    factor = moe.moe_would_drop_capacity_factor
+    capacity = torch.tensor(
+        [math.ceil(t * moe.moe_router_topk / e * factor) for t in tokens.tolist()], dtype=rows.dtype, device=rows.device
+    )
+    # Switch Transformer, eq. 4, with f the fraction of assignments: e * sum_j f_j P_j.
+    fractions = routed / (tokens_or_one * moe.moe_router_topk).unsqueeze(1)
+    aux_loss = e * (fractions * probs / tokens_or_one.unsqueeze(1)).sum(1)
+    columns = (
+        rows.new_tensor(float(len(rows))),
+        routed.sum(),
+        routed.sum() - kept.sum(),
+        (routed - capacity.unsqueeze(1)).clamp(min=0).sum(),
+        aux_loss.sum(),
+        (z_squares / tokens_or_one).sum(),
+        top1.sum(),
+        top2.sum(),
+    )
+    return torch.cat([routed.sum(0), torch.stack(columns)])

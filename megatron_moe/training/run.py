@@ -1,0 +1,59 @@
+"""`train`, as one rank: from an experiment and its plan to a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.engine import groups
+from megatron_moe.plan.plan import Plan
+from megatron_moe.training import checkpoint
+from megatron_moe.training.build import start
+from megatron_moe.training.callback import Callback
+from megatron_moe.training.callbacks.checkpointing import Checkpointing
+from megatron_moe.training.callbacks.evaluation import Evaluation
+from megatron_moe.training.callbacks.metrics_file import MetricsFile
+from megatron_moe.training.callbacks.progress import ProgressBar
+from megatron_moe.training.callbacks.termination import Termination
+from megatron_moe.training.summary import print_beginning, print_summary
+from megatron_moe.training.trainer import Trainer
+
+DONE, START_AGAIN = 0, 75
+
+
+def train(run_folder: Path, experiment: Experiment, plan: Plan) -> int:
+    """Train what is left of a run, from its newest good checkpoint on.
+
+    The run folder is there, and this job's alone. Collective over all ranks of `plan`.
+
+    Returns:
+        0 when all iterations are done, 75 when a signal stopped the run, which was saved.
+        Raises InputError.
+    """
+    trainer = start(experiment, plan, run_folder)
+    resumed_from = checkpoint.resume(trainer)
+    trainer.callbacks = _callbacks(run_folder)
+    if dist.get_rank() == 0:
+        print_beginning(trainer, resumed_from)
+    trainer.fit()
+    if dist.get_rank() == 0:
+        print_summary(trainer)
+    groups.shutdown()
+    finished = trainer.iteration >= experiment.training.train_iters
+    return DONE if finished else START_AGAIN
+
+
+def _callbacks(run_folder: Path) -> list[Callback]:
+    """In the order in which they see a step: what adds to its record, what writes it down, what saves."""
+    speaks = dist.get_rank() == 0
+    return [
+        Termination(),
+        Evaluation(),
+        *([MetricsFile(run_folder / "metrics.jsonl"), ProgressBar(run_folder / "log.txt")] if speaks else []),
+        Checkpointing(),
+    ]
+
+
+__all__ = ["DONE", "START_AGAIN", "Trainer", "train"]

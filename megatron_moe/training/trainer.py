@@ -1,0 +1,147 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.data.batches import Microbatches, Samples
+from megatron_moe.data.pretraining import Datasets
+from megatron_moe.data.prepare import Prepared
+from megatron_moe.engine import schedule
+from megatron_moe.engine.device import Device
+from megatron_moe.plan.plan import Plan
+from megatron_moe.training.callback import Callback, Record
+from megatron_moe.training.forward import Batch, forward_step
+from megatron_moe.training.metrics import moe_metrics, reduce_step
+
+
+@dataclass
+class Trainer:
+    """One rank's share of a run, and how far it has come.
+
+    Attributes:
+        chunks: this rank's model chunks, wrapped for data parallelism.
+        iteration: optimizer steps done.
+        consumed_samples: sequences trained on.
+        stop_requested: set from a signal; the ranks agree on it at the end of a step.
+    """
+
+    experiment: Experiment
+    plan: Plan
+    device: Device
+    chunks: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    prepared: Prepared
+    datasets: Datasets
+    run_folder: Path
+    callbacks: Sequence[Callback] = ()
+    iteration: int = 0
+    consumed_samples: int = 0
+    stop_requested: bool = False
+    stopped: bool = field(default=False, init=False)
+
+    def fit(self) -> None:
+        """Train until `training.train_iters` steps are done, or a signal asks to stop."""
+        for callback in self.callbacks:
+            callback.on_start(self)
+        batches = self.microbatches(self.datasets.train, self.consumed_samples, shuffle=True)
+        while self.iteration < self.experiment.training.train_iters and not self.stopped:
+            record = self.step(batches)
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def step(self, batches: Iterator[Batch]) -> Record:
+        """One optimizer step over the next global batch; its record."""
+        started = time.perf_counter()
+        schedule.zero_gradients(self.chunks, self.optimizer)
+        # Iteration i trains at the schedule's i-th rate: the first is not zero, the last is min_lr.
+        self.scheduler.num_steps = self.iteration
+        self.scheduler.step(1)
+        reports = schedule.run(self.chunks, self.iterators(batches), forward_step, self.shapes())
+        updated, grad_norm = schedule.update(self.optimizer)
+        sums = reduce_step(
+            self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
+        )
+        self.stopped = sums.stop_requested
+        self.iteration += 1
+        self.consumed_samples += self.experiment.training.global_batch_size
+        step_time = time.perf_counter() - started
+        tokens = self.experiment.training.global_batch_size * self.experiment.training.seq_length
+        record: Record = {
+            "iteration": self.iteration,
+            "loss": sums.loss / sums.targets if sums.targets else None,
+            "grad_norm": grad_norm,
+            "lr": self.scheduler.get_lr({}),
+            "consumed_tokens": self.consumed_samples * self.experiment.training.seq_length,
+            "step_time_s": step_time,
+            "tokens_per_second": tokens / step_time,
+            "model_tflops_per_device": self.plan.flops_per_token
+            * tokens
+            / step_time
+            / self.plan.layout.world_size
+            / 1e12,
+        }
+        if not updated:
+            record["skipped"] = "the gradient norm is not finite"
+        if sums.moe is not None:
+            detailed = self.iteration % self.experiment.logging.detail_interval == 0
+            record |= moe_metrics(sums.moe, self.experiment, detailed)
+        return record
+
+    def evaluate(self, dataset: Samples, iterations: int) -> float:
+        """Mean loss a target token over the first `iterations` global batches of `dataset`, in order."""
+        batches = self.microbatches(dataset, 0, shuffle=False)
+        for chunk in self.chunks:
+            chunk.eval()
+        reports = []
+        with torch.no_grad():
+            for _ in range(iterations):
+                reports += schedule.run(
+                    self.chunks, self.iterators(batches), forward_step, self.shapes(), forward_only=True
+                )
+        for chunk in self.chunks:
+            chunk.train()
+        sums = schedule.sum_over_ranks(reports, self.device.torch_device)
+        return sums[0] / sums[1]
+
+    def microbatches(self, dataset: Samples, consumed_samples: int, shuffle: bool) -> Iterator[Batch]:
+        """This replica's microbatches from a position on, on this rank's device."""
+        from megatron.core import parallel_state
+
+        training = self.experiment.training
+        batches = Microbatches(
+            dataset,
+            seed=training.seed,
+            consumed_samples=consumed_samples,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            shuffle=shuffle,
+        )
+        return (schedule.share_of_context(batch, self.device.torch_device) for batch in batches)
+
+    def iterators(self, batches: Iterator[Batch]) -> list[Iterator[Batch]]:
+        """The next global batch's microbatches, once for each model chunk of this rank."""
+        this_step = list(itertools.islice(batches, self.shapes().num_microbatches))
+        return [iter(this_step) for _ in self.chunks]
+
+    def shapes(self) -> schedule.Shapes:
+        """What one step sends through the pipeline."""
+        training, replicas = self.experiment.training, self.plan.layout.data_parallel_size
+        return schedule.Shapes(
+            training.global_batch_size // (training.micro_batch_size * replicas),
+            training.micro_batch_size,
+            training.seq_length,
+        )
