@@ -1,7 +1,8 @@
 """Rank processes for tests: started once a session, used by many tests.
 
-`ranks(2).run(function, *arguments)` calls an importable function in 2 processes that are joined over gloo, and returns what it returned on
-each. Between calls the processes forget their model-parallel groups, so that every test may build a layout of its own.
+`ranks(2).run(function, *arguments)` calls an importable function in 2 processes that are joined over gloo,
+and returns what it returned on each. Between calls the processes forget their model-parallel groups, so that
+every test may build a layout of its own.
 """
 
 from __future__ import annotations
@@ -40,14 +41,17 @@ class Ranks:
         self.processes = []
         for rank in range(world_size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, port, list(sys.path)), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, world_size, port, list(sys.path)), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(mine)
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call `function(*arguments)` on every rank; the results by rank. Raises RankError with the first rank's error."""
+        """Call `function(*arguments)` on every rank; the results by rank. Raises RankError with the first
+        rank's error."""
         for pipe in self.pipes:
             pipe.send((function.__module__, function.__qualname__, arguments))
         results, errors = [], []

@@ -33,7 +33,9 @@ def experiment(moe: dict[str, Any] | None = MOE, **sections: Any) -> Experiment:
     return fill(Experiment.model_validate(merged))
 
 
-def layout(tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, dp: int | None = None, **more: Any) -> dict[str, Any]:
+def layout(
+    tp: int = 1, pp: int = 1, vpp: int | None = None, cp: int = 1, dp: int | None = None, **more: Any
+) -> dict[str, Any]:
     """A `parallel` section."""
     return {
         "tensor_model_parallel_size": tp,

@@ -1,8 +1,10 @@
-"""Adam with decoupled weight decay on torch's fused kernel, with the state that Megatron-Core's checkpoints expect.
+"""Adam with decoupled weight decay on torch's fused kernel, with the state that Megatron-Core's checkpoints
+expect.
 
-Megatron-Core's optimizers are written against apex's and Transformer Engine's FusedAdam: state `exp_avg` and `exp_avg_sq` a
-parameter, `step` in the parameter group. torch.optim.AdamW keeps `step` a parameter, so that loading a sharded optimizer state
-fails with KeyError 'step' (0.16.1 and 0.19.2). This class has the expected shape, on any device, without apex.
+Megatron-Core's optimizers are written against apex's and Transformer Engine's FusedAdam: state `exp_avg` and
+`exp_avg_sq` a parameter, `step` in the parameter group. torch.optim.AdamW keeps `step` a parameter, so that
+loading a sharded optimizer state fails with KeyError 'step' (0.16.1 and 0.19.2). This class has the expected
+shape, on any device, without apex.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         assert adam_w_mode and not capturable, "only decoupled weight decay, outside CUDA graphs, is offered"
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

@@ -1,9 +1,10 @@
-"""Sharded checkpoints through Megatron-Core's dist_checkpointing (torch_dist): what a rank holds, saved and loaded in any layout."""
+"""Sharded checkpoints through Megatron-Core's dist_checkpointing (torch_dist): what a rank holds, saved and
+loaded in any layout."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ METADATA = {
 
 
 def save(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, common: dict[str, Any]) -> None:
-    """Write model, optimizer and random states of all ranks into `folder`, which must be there and empty. A collective.
+    """Write model, optimizer and random states of all ranks into `folder`, which must be there and empty. A
+    collective.
 
     Args:
         chunks: wrapped model chunks of this rank.
@@ -37,7 +39,8 @@ def save(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, common: di
 
 
 def load(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, with_rng: bool) -> dict[str, Any]:
-    """Read what `save` wrote into this rank's model and optimizer; the layout may be another one. A collective.
+    """Read what `save` wrote into this rank's model and optimizer; the layout may be another one. A
+    collective.
 
     Args:
         with_rng: also the random states; only where layout and number of ranks are those of the save.
@@ -95,7 +98,7 @@ def sharded_weights(chunks: list[torch.nn.Module]) -> list[Any]:
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside the data-parallel and the mixed-precision wrapper."""
     while hasattr(chunk, "module"):
-        chunk = chunk.module
+        chunk = cast("torch.nn.Module", chunk.module)
     return chunk
 
 

@@ -34,8 +34,8 @@ class Device:
     def resolve_precision(self, precision: str) -> torch.dtype:
         """The dtype of matrix products for `training.precision`.
 
-        `auto` is bf16 on a GPU with bf16 units, else float32: many processors have none, and there a bf16 product takes a hundred
-        times as long.
+        `auto` is bf16 on a GPU with bf16 units, else float32: many processors have none, and there a bf16
+        product takes a hundred times as long.
         """
         if precision == "auto":
             fast = not self.is_host and torch.cuda.get_device_capability()[0] >= 8
@@ -44,7 +44,8 @@ class Device:
 
 
 def start(local_rank: int) -> Device:
-    """Choose this process's device and make Megatron-Core ready to be imported. Call before any import of `megatron.core`."""
+    """Choose this process's device and make Megatron-Core ready to be imported. Call before any import of
+    `megatron.core`."""
     quiet_libraries()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -54,7 +55,8 @@ def start(local_rank: int) -> Device:
 
 
 def quiet_libraries() -> None:
-    """Keep what the libraries say about missing optional parts off the user's screen; `doctor` and the log say it once, in our words."""
+    """Keep what the libraries say about missing optional parts off the user's screen; `doctor` and the log
+    say it once, in our words."""
     for pattern in (
         r".*[Tt]ransformer ?[Ee]ngine.*",
         r".*[Aa]pex.*",

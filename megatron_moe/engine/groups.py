@@ -14,7 +14,8 @@ from megatron_moe.plan.layout import Layout
 
 
 def initialize_process_group(device: Device, timeout_s: int) -> None:
-    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Does nothing if already joined."""
+    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Does nothing if already
+    joined."""
     if dist.is_initialized():
         return
     dist.init_process_group(

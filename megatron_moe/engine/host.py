@@ -1,9 +1,10 @@
 """The host device: what stands in for torch.cuda on a machine without a GPU.
 
-Megatron-Core asks torch.cuda for the current device, random states, streams and events, and names "cuda" as the device of small
-tensors. Each such call that training makes is listed in `STAND_INS` with its replacement and the reason. They are installed once
-for the process, never where CUDA is there, and touch nothing else of torch.
-Seen with megatron-core 0.16.1 and 0.19.2; a test holds each entry against the installed version's source.
+Megatron-Core asks torch.cuda for the current device, random states, streams and events, and names "cuda" as
+the device of small tensors. Each such call that training makes is listed in `STAND_INS` with its replacement
+and the reason. They are installed once for the process, never where CUDA is there, and touch nothing else of
+torch. Seen with megatron-core 0.16.1 and 0.19.2; a test holds each entry against the installed version's
+source.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def _type_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sizes_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron-Core converts sizes to numpy only where it copies them off a GPU; all_to_all_single takes no tensors as sizes."""
+    """Megatron-Core converts sizes to numpy only where it copies them off a GPU; all_to_all_single takes no
+    tensors as sizes."""
 
     @functools.wraps(original)
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -150,15 +152,29 @@ _RNG = "the tensor-parallel random state tracker keeps named states of the devic
 
 STAND_INS: tuple[StandIn, ...] = (
     StandIn("torch.cuda.current_device", _returns(HOST), "passed as device=", "torch.cuda.current_device()"),
-    StandIn("torch.cuda.set_device", _returns(None), "each rank chooses its device", "torch.cuda.set_device("),
+    StandIn(
+        "torch.cuda.set_device", _returns(None), "each rank chooses its device", "torch.cuda.set_device("
+    ),
     StandIn("torch.cuda.device_count", _returns(1), "checkpoint placement", "torch.cuda.device_count()"),
-    StandIn("torch.cuda.synchronize", _returns(None), "nothing runs behind the host's back", "torch.cuda.synchronize("),
+    StandIn(
+        "torch.cuda.synchronize",
+        _returns(None),
+        "nothing runs behind the host's back",
+        "torch.cuda.synchronize(",
+    ),
     StandIn("torch.cuda.empty_cache", _returns(None), "no caching allocator", "torch.cuda.empty_cache()"),
     StandIn("torch.cuda.memory_allocated", _returns(0), "no device memory", "torch.cuda.memory_allocated("),
     StandIn("torch.cuda.Stream", HostStream, "dispatcher and shared experts", "torch.cuda.Stream("),
     StandIn("torch.cuda.Event", HostEvent, "dispatcher and shared experts", "torch.cuda.Event("),
-    StandIn("torch.cuda.current_stream", _returns(_STREAM), "dispatcher, overlap", "torch.cuda.current_stream()"),
-    StandIn("torch.cuda.default_stream", _returns(_STREAM), "side streams start from it", "torch.cuda.default_stream"),
+    StandIn(
+        "torch.cuda.current_stream", _returns(_STREAM), "dispatcher, overlap", "torch.cuda.current_stream()"
+    ),
+    StandIn(
+        "torch.cuda.default_stream",
+        _returns(_STREAM),
+        "side streams start from it",
+        "torch.cuda.default_stream",
+    ),
     StandIn("torch.cuda.set_stream", _returns(None), "overlap", "torch.cuda.set_stream("),
     StandIn("torch.cuda.stream", _on_stream, "dispatcher, overlap", "torch.cuda.stream("),
     StandIn("torch.cuda.nvtx.range_push", _returns(None), "profiler marks", "torch.cuda.nvtx.range_push"),
@@ -168,7 +184,10 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn("torch.cuda.set_rng_state", _set_state(), _RNG, "torch.cuda.set_rng_state("),
     StandIn("torch.cuda.random.get_rng_state", _get_state(), _RNG, "torch.cuda.random.get_rng_state("),
     StandIn(
-        "megatron.core.tensor_parallel.random._set_cuda_rng_state", _set_state(), _RNG, "def _set_cuda_rng_state("
+        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        _set_state(),
+        _RNG,
+        "def _set_cuda_rng_state(",
     ),
     StandIn(
         "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
@@ -181,8 +200,19 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn("torch.nn.Module.cuda", _itself(), "tied embedding weights are moved", ".cuda("),
     StandIn("torch.Tensor.record_stream", _returns(None), "memory reuse across streams", ".record_stream("),
     StandIn("torch.Tensor.pin_memory", _itself(), "staging of sizes and checkpoints", "pin_memory"),
-    StandIn("torch.Tensor.type", _type_name, "the optimizer groups parameters by name", "'torch.cuda.FloatTensor'", True),
-    StandIn("torch.compile", _not_compiled, "small activations would wait for a C++ compiler", "jit_fuser = torch.compile"),
+    StandIn(
+        "torch.Tensor.type",
+        _type_name,
+        "the optimizer groups parameters by name",
+        "'torch.cuda.FloatTensor'",
+        True,
+    ),
+    StandIn(
+        "torch.compile",
+        _not_compiled,
+        "small activations would wait for a C++ compiler",
+        "jit_fuser = torch.compile",
+    ),
     *(
         StandIn(f"torch.{name}", _on_host, _FACTORIES, seen, True)
         for name, seen in (

@@ -1,4 +1,5 @@
-"""Megatron-Core's distributed optimizer, data-parallel wrapper and learning-rate schedule, made from an experiment."""
+"""Megatron-Core's distributed optimizer, data-parallel wrapper and learning-rate schedule, made from an
+experiment."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from megatron_moe.engine.adam import FusedAdam
 
 
 def wrap_data_parallel(config: Any, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Each model chunk in Megatron-Core's DistributedDataParallel, gradients sharded for the distributed optimizer.
+    """Each model chunk in Megatron-Core's DistributedDataParallel, gradients sharded for the distributed
+    optimizer.
 
     Args:
         config: this rank's TransformerConfig.
@@ -81,4 +83,3 @@ def build_scheduler(experiment: Experiment, optimizer: Any) -> Any:
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
     )
-

@@ -9,12 +9,14 @@ from typing import Any
 
 
 def moe_submodules(mlp: Any) -> Any:
-    """The MoESubmodules inside a MoE layer spec: a ModuleSpec in 0.16, a `functools.partial` of the layer class in 0.19."""
+    """The MoESubmodules inside a MoE layer spec: a ModuleSpec in 0.16, a `functools.partial` of the layer
+    class in 0.19."""
     return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
 def repair_missing_transformer_engine() -> None:
-    """0.16.1 names `te_general_gemm` in the router's gating also where Transformer Engine is not installed: NameError."""
+    """0.16.1 names `te_general_gemm` in the router's gating also where Transformer Engine is not installed:
+    NameError."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -24,8 +26,9 @@ def repair_missing_transformer_engine() -> None:
 def write_checkpoints_in_process() -> None:
     """Let the rank itself write its checkpoint files.
 
-    Megatron-Core hands even a plain, synchronous save to worker processes: a spawned manager that outlives the trainer and keeps its
-    output open, and in 0.16 forked writers, unsafe beside gloo's threads, whose death leaves the trainer waiting for ever.
+    Megatron-Core hands even a plain, synchronous save to worker processes: a spawned manager that outlives
+    the trainer and keeps its output open, and in 0.16 forked writers, unsafe beside gloo's threads, whose
+    death leaves the trainer waiting for ever.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -36,7 +39,8 @@ def write_checkpoints_in_process() -> None:
 
 
 def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
-    """Write each bucket in turn; the results, or the first error, go to `results` as Megatron-Core expects."""
+    """Write each bucket in turn; the results, or the first error, go to `results` as Megatron-Core
+    expects."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     written: Any = {}

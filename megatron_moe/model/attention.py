@@ -13,13 +13,15 @@ from torch import Tensor
 class CoreAttention(torch.nn.Module):
     """softmax(Q K^T * scale) V with a causal mask, fused by torch on every device.
 
-    Stands where Megatron-Core's layer spec has `core_attention`; its own DotProductAttention is unfused and knows no context
-    parallelism. Under context parallelism each rank holds two chunks of the sequence, r and 2 CP - 1 - r (Megatron-Core's zig-zag
-    split, which balances the causal work); keys and values are gathered over the group and masked by position.
+    Stands where Megatron-Core's layer spec has `core_attention`; its own DotProductAttention is unfused and
+    knows no context parallelism. Under context parallelism each rank holds two chunks of the sequence, r and
+    2 CP - 1 - r (Megatron-Core's zig-zag split, which balances the causal work); keys and values are gathered
+    over the group and masked by position.
 
     Args: as Megatron-Core's core attention builders.
 
-    Shape: query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]; n heads, g groups of this tensor-parallel rank.
+    Shape: query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]; n heads, g groups of this
+    tensor-parallel rank.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class CoreAttention(torch.nn.Module):
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.sequence_parallel = config.sequence_parallel
-        self.context_group = pg_collection.cp if pg_collection is not None else None
+        self.context_group: Any = pg_collection.cp if pg_collection is not None else None
         self.context_size = config.context_parallel_size
 
     def forward(
@@ -75,7 +77,9 @@ class CoreAttention(torch.nn.Module):
         """[s / CP, ...] of each rank -> [s, ...] in the order of the ranks' chunks."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-        return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.context_group)
+        return gather_from_sequence_parallel_region(
+            x, tensor_parallel_output_grad=True, group=self.context_group
+        )
 
     def _causal_mask(self, local_length: int, device: torch.device) -> Tensor:
         """[s / CP, s], true where a query of this rank may look at a gathered key."""

@@ -16,7 +16,8 @@ from megatron_moe.plan.stages import Stage
 
 
 def padded_vocab_size(experiment: Experiment) -> int:
-    """Vocabulary rounded up to a multiple of `model.make_vocab_size_divisible_by`; the same in every layout."""
+    """Vocabulary rounded up to a multiple of `model.make_vocab_size_divisible_by`; the same in every
+    layout."""
     vocab, multiple = experiment.model.vocab_size, experiment.model.make_vocab_size_divisible_by
     assert vocab is not None
     return -(-vocab // multiple) * multiple

@@ -1,8 +1,9 @@
 """Initial weights, drawn by name, so that they don't depend on the layout.
 
-Megatron-Core draws each rank's weights from that rank's random state, in the order in which it builds them: another layout, another
-model. Here every weight has a random state of its own, seeded by (training.seed, its global name). A rank draws the full matrix and
-keeps its part, so that any two layouts start from the same model.
+Megatron-Core draws each rank's weights from that rank's random state, in the order in which it builds them:
+another layout, another model. Here every weight has a random state of its own, seeded by (training.seed, its
+global name). A rank draws the full matrix and keeps its part, so that any two layouts start from the same
+model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
         std = model.init_method_std / (math.sqrt(2 * model.num_layers) if RESIDUAL.search(name) else 1.0)
         # Gate and up-projection lie one behind the other, and each is cut.
         blocks = 2 if "linear_fc1" in name and model.activation in ("swiglu", "geglu") else 1
-        for piece, piece_name in _pieces(_global_name(name, stage, not model.untie_embeddings_and_output_weights), parameter):
+        for piece, piece_name in _pieces(
+            _global_name(name, stage, not model.untie_embeddings_and_output_weights), parameter
+        ):
             full_shape, part = _part_of_this_rank(parameter, piece.shape, blocks)
             generator = torch.Generator().manual_seed(_seed(experiment.training.seed, piece_name))
             full = torch.empty(full_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -45,7 +48,8 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
 
 
 def _global_name(name: str, stage: Stage, tied: bool) -> str:
-    """`decoder.layers.0.x` of this stage -> `decoder.layers.<global number>.x`; a tied output layer is the embedding."""
+    """`decoder.layers.0.x` of this stage -> `decoder.layers.<global number>.x`; a tied output layer is the
+    embedding."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if name == "output_layer.weight" and tied:
         return "embedding.word_embeddings.weight"
@@ -53,7 +57,8 @@ def _global_name(name: str, stage: Stage, tied: bool) -> str:
 
 
 def _pieces(name: str, parameter: Tensor) -> Iterator[tuple[Tensor, str]]:
-    """Each separately seeded matrix inside a parameter: the local experts one by one, else the parameter itself."""
+    """Each separately seeded matrix inside a parameter: the local experts one by one, else the parameter
+    itself."""
     if ".experts." not in name or parameter.dim() != 3:
         yield parameter, name
         return

@@ -20,9 +20,13 @@ def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
         from megatron.core.transformer.custom_layers.transformer_engine import TENorm
 
         make, norm = get_gpt_layer_with_transformer_engine_spec, TENorm
-        arguments: dict[str, Any] = dict(qk_layernorm=config.qk_layernorm)
+        arguments: dict[str, Any] = {"qk_layernorm": config.qk_layernorm}
         dense = make(**arguments)
-        moe = make(num_experts=config.num_moe_experts, moe_grouped_gemm=True, **arguments) if experiment.moe else None
+        moe = (
+            make(num_experts=config.num_moe_experts, moe_grouped_gemm=True, **arguments)
+            if experiment.moe
+            else None
+        )
     else:
         norm = Norm
         dense = native_layer_spec(config, num_experts=None)
@@ -43,7 +47,8 @@ def native_layer_spec(config: Any, num_experts: int | None) -> Any:
     )
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
-    # In the checkpoint norms are named as Transformer Engine's spec names them, fused into the linear layer behind them.
+    # In the checkpoint norms are named as Transformer Engine's spec names them, fused into the linear layer
+    # behind them.
     parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if num_experts is None:
         parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

@@ -11,8 +11,9 @@ from torch import Tensor
 class Norm(torch.nn.Module):
     """RMSNorm or LayerNorm over the last dimension, as `config.normalization` says.
 
-    Under sequence parallelism each tensor-parallel rank sees a part of the sequence; the mark `sequence_parallel` on the
-    parameters makes Megatron-Core sum their gradients over the tensor-parallel group. Its own wrapper refuses that case.
+    Under sequence parallelism each tensor-parallel rank sees a part of the sequence; the mark
+    `sequence_parallel` on the parameters makes Megatron-Core sum their gradients over the tensor-parallel
+    group. Its own wrapper refuses that case.
 
     Args:
         config: TransformerConfig.

@@ -39,36 +39,37 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
 def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
     model = experiment.model
     activation, gated = ACTIVATIONS[model.activation]
-    return dict(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        ffn_hidden_size=model.ffn_hidden_size,
-        normalization=model.normalization,
-        layernorm_epsilon=model.layernorm_epsilon,
-        activation_func=activation,
-        gated_linear_unit=gated,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        init_method_std=model.init_method_std,
-        add_bias_linear=False,
-        # Weights are drawn by `model.initialization`, by name, so that they don't depend on the layout. Megatron-Core must believe
-        # that it initialises, or it leaves the marks of tensor parallelism off the parameters.
-        init_method=_leave_to_initialization,
-        output_layer_init_method=_leave_to_initialization,
-        embedding_init_method=_leave_to_initialization,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
-    )
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.kv_channels,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "activation_func": activation,
+        "gated_linear_unit": gated,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "init_method_std": model.init_method_std,
+        "add_bias_linear": False,
+        # Weights are drawn by `model.initialization`, by name, so that they don't depend on the layout.
+        # Megatron-Core must believe that it initialises, or it leaves the marks of tensor parallelism off the
+        # parameters.
+        "init_method": _leave_to_initialization,
+        "output_layer_init_method": _leave_to_initialization,
+        "embedding_init_method": _leave_to_initialization,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+    }
 
 
 def _leave_to_initialization(weight: torch.Tensor) -> torch.Tensor:
@@ -79,36 +80,37 @@ def _moe_fields(experiment: Experiment) -> dict[str, Any]:
     moe = experiment.moe
     if moe is None:
         return {}
-    return dict(
-        num_moe_experts=moe.num_moe_experts,
-        moe_router_topk=moe.moe_router_topk,
-        moe_ffn_hidden_size=moe.moe_ffn_hidden_size,
-        moe_layer_freq=moe.moe_layer_freq,
-        moe_shared_expert_intermediate_size=moe.moe_shared_expert_intermediate_size,
-        moe_router_load_balancing_type=moe.moe_router_load_balancing_type,
-        moe_aux_loss_coeff=moe.moe_aux_loss_coeff,
-        moe_z_loss_coeff=moe.moe_z_loss_coeff or None,
-        moe_router_pre_softmax=moe.moe_router_pre_softmax,
-        moe_router_dtype=moe.moe_router_dtype,
-        moe_expert_capacity_factor=moe.moe_expert_capacity_factor,
-        moe_token_drop_policy=moe.moe_token_drop_policy,
-        moe_token_dispatcher_type=moe.moe_token_dispatcher_type,
-    )
+    return {
+        "num_moe_experts": moe.num_moe_experts,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
+        "moe_layer_freq": moe.moe_layer_freq,
+        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
+        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
+        "moe_router_pre_softmax": moe.moe_router_pre_softmax,
+        "moe_router_dtype": moe.moe_router_dtype,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_token_drop_policy": moe.moe_token_drop_policy,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+    }
 
 
 def _parallel_fields(experiment: Experiment, plan: Plan) -> dict[str, Any]:
     parallel, layout = experiment.parallel, plan.layout
-    fields: dict[str, Any] = dict(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        # Batched sends pair wrongly where the next and the previous stage are one rank (PP2 with VPP); single ones are right.
-        batch_p2p_comm=False,
-        deallocate_pipeline_outputs=True,
-    )
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Batched sends pair wrongly where the next and the previous stage are one rank (PP2 with VPP); single
+        # ones are right.
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": True,
+    }
     if layout.virtual_pipeline_model_parallel_size > 1:
         fields["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline_model_parallel_size
     if layout.pipeline_model_parallel_size > 1:
@@ -123,8 +125,8 @@ def _recompute_fields(experiment: Experiment, plan: Plan, pipeline_rank: int) ->
     count = max(stage.recompute_num_layers for stage in plan.stages if stage.pipeline_rank == pipeline_rank)
     if count == 0:
         return {}
-    return dict(
-        recompute_granularity="full",
-        recompute_method=experiment.recompute.method,
-        recompute_num_layers=count,
-    )
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": experiment.recompute.method,
+        "recompute_num_layers": count,
+    }

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.data.prepare import prepare
-from megatron_moe.data.pretraining import build_datasets
 from megatron_moe.engine import device as devices
 from megatron_moe.engine import groups, schedule
 from megatron_moe.engine.optimizer import build_optimizer, build_scheduler, wrap_data_parallel
@@ -21,11 +20,15 @@ from megatron_moe.training.trainer import Trainer
 def start(experiment: Experiment, plan: Plan, run_folder: Path) -> Trainer:
     """Make this process one rank of `plan`: join the others, build the model, open the data.
 
-    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name the process. A collective over all ranks. Raises InputError.
+    RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name the process. A collective over all ranks.
+    Raises InputError.
     """
+    # First, so that Megatron-Core is imported with what stands in for CUDA in place.
+    device = devices.start(int(os.environ.get("LOCAL_RANK", 0)))
     from megatron.core.utils import get_model_config
 
-    device = devices.start(int(os.environ.get("LOCAL_RANK", 0)))
+    from megatron_moe.data.pretraining import build_datasets
+
     timeout_s = experiment.resilience.collective_timeout_s
     groups.initialize_process_group(device, timeout_s)
     groups.initialize_model_parallel(plan.layout, experiment.training.seed, timeout_s)

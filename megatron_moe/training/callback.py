@@ -12,7 +12,8 @@ Record = dict[str, Any]
 
 
 class Callback:
-    """Base with nothing to do. All ranks call all callbacks, in the same order, so that they may communicate."""
+    """Base with nothing to do. All ranks call all callbacks, in the same order, so that they may
+    communicate."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step; `trainer.iteration` steps are already done."""

@@ -30,7 +30,8 @@ def save(trainer: Trainer) -> None:
 
 
 def resume(trainer: Trainer) -> Path | None:
-    """Load the newest checkpoint whose bytes are those that were saved; None where there is none. A collective.
+    """Load the newest checkpoint whose bytes are those that were saved; None where there is none. A
+    collective.
 
     A damaged one is passed over, and that is said. Raises InputError where it does not fit the experiment.
     """
@@ -41,7 +42,9 @@ def resume(trainer: Trainer) -> Path | None:
             return Path(checkpoint)
         if dist.get_rank() == 0:
             print(
-                f"{checkpoint} is damaged ({', '.join(damaged)}); trying the one before it", file=sys.stderr, flush=True
+                f"{checkpoint} is damaged ({', '.join(damaged)}); trying the one before it",
+                file=sys.stderr,
+                flush=True,
             )
     return None
 
@@ -81,8 +84,8 @@ def _refuse_other(about: dict[str, Any], trainer: Trainer) -> None:
     tokenizer = trainer.prepared.tokenizer
     if tokenizer is not None and about["tokenizer_sha256"] != tokenizer.sha256:
         raise InputError(
-            f"data.tokenizer: its hash {tokenizer.sha256[:12]} is not {str(about['tokenizer_sha256'])[:12]}, with which the "
-            "checkpoint was trained; use that tokenizer, or another name for a new run"
+            f"data.tokenizer: its hash {tokenizer.sha256[:12]} is not {str(about['tokenizer_sha256'])[:12]}, "
+            "with which the checkpoint was trained; use that tokenizer, or another name for a new run"
         )
 
 

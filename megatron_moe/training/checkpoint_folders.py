@@ -1,8 +1,10 @@
-"""Checkpoint folders on disk: complete or not there. No torch: the launcher looks here before any rank starts.
+"""Checkpoint folders on disk: complete or not there. No torch: the launcher looks here before any rank
+starts.
 
-`checkpoints/iter_0000020/` holds the files of Megatron-Core's dist_checkpointing, `resolved.yaml` and `manifest.json`, which names
-every file with its size and SHA-256. A checkpoint is written aside, synced to disk, given its manifest, renamed, and only then named by
-`checkpoints/latest`. So a folder of that name is whole, whenever the writer died.
+`checkpoints/iter_0000020/` holds the files of Megatron-Core's dist_checkpointing, `resolved.yaml` and
+`manifest.json`, which names every file with its size and SHA-256. A checkpoint is written aside, synced to
+disk, given its manifest, renamed, and only then named by `checkpoints/latest`. So a folder of that name is
+whole, whenever the writer died.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def commit(aside: Path, run_folder: Path, iteration: int, hashes: dict[str, str]
     manifest = {
         "format_version": FORMAT_VERSION,
         "iteration": iteration,
-        "files": {name: {"bytes": (aside / name).stat().st_size, "sha256": hashes[name]} for name in sorted(hashes)},
+        "files": {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": hashes[name]} for name in sorted(hashes)
+        },
     }
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in aside.iterdir():

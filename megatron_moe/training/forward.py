@@ -11,11 +11,14 @@ from torch import Tensor
 Batch = Mapping[str, Tensor]
 
 
-def forward_step(batches: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], object]]:
-    """Megatron-Core's forward step: run one microbatch, return the output and the function that makes the loss of it.
+def forward_step(
+    batches: Iterator[Batch], chunk: torch.nn.Module
+) -> tuple[Tensor, Callable[[Tensor], object]]:
+    """Megatron-Core's forward step: run one microbatch, return the output and the function that makes the
+    loss of it.
 
-    A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target (padding, prompt).
-    Such tokens count neither in the loss nor in the router's losses and statistics.
+    A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target
+    (padding, prompt). Such tokens count neither in the loss nor in the router's losses and statistics.
     """
     batch = next(batches)
     loss_mask = batch["loss_mask"]

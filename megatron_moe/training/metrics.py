@@ -39,7 +39,8 @@ def reduce_step(
     stop_requested: bool,
     device: torch.device,
 ) -> StepSums:
-    """Sum over all ranks what each has seen of the step: one collective over the world, and every rank takes part.
+    """Sum over all ranks what each has seen of the step: one collective over the world, and every rank takes
+    part.
 
     Args:
         reports: [loss sum, targets] a microbatch, on the last pipeline stage; else empty.
@@ -68,7 +69,9 @@ MOE_METRICS: dict[str, Callable[[MoESums, Experiment], float]] = {
     "moe/aux_loss": lambda sums, _: _mean_over_layers(sums, "aux_loss", "microbatches"),
     "moe/z_loss": lambda sums, _: _mean_over_layers(sums, "z_loss", "microbatches"),
     "moe/drop_rate": lambda sums, _: _ratio(sums.column("dropped").sum(), sums.column("assigned").sum()),
-    "moe/would_drop_rate": lambda sums, _: _ratio(sums.column("would_drop").sum(), sums.column("assigned").sum()),
+    "moe/would_drop_rate": lambda sums, _: _ratio(
+        sums.column("would_drop").sum(), sums.column("assigned").sum()
+    ),
     "moe/load_max_over_mean": lambda sums, _: _mean(_load_max_over_mean(sums)),
     "moe/dead_experts": lambda sums, _: float((_moe_rows(sums.load, sums) == 0).sum()),
 }
@@ -93,13 +96,17 @@ def moe_metrics(sums: MoESums, experiment: Experiment, detailed: bool) -> dict[s
         dense = (sums.column("microbatches") == 0).tolist()
         for key, compute_layers in LAYER_METRICS.items():
             values = compute_layers(sums, experiment)
-            record[key] = [math.nan if is_dense else value for value, is_dense in zip(values, dense, strict=True)]
+            record[key] = [
+                math.nan if is_dense else value for value, is_dense in zip(values, dense, strict=True)
+            ]
     return record
 
 
 def _aux_loss_coeff(experiment: Experiment) -> float:
     assert experiment.moe is not None
-    return 0.0 if experiment.moe.moe_router_load_balancing_type == "none" else experiment.moe.moe_aux_loss_coeff
+    return (
+        0.0 if experiment.moe.moe_router_load_balancing_type == "none" else experiment.moe.moe_aux_loss_coeff
+    )
 
 
 def _load_max_over_mean(sums: MoESums) -> list[float]:

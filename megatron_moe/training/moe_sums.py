@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from megatron_moe.config.schema import Experiment, MoE
 from megatron_moe.engine.checkpoint import unwrap
+
+if TYPE_CHECKING:
+    from megatron_moe.model.moe.router import Router
 
 COLUMNS = ("microbatches", "assigned", "dropped", "would_drop", "aux_loss", "z_loss", "top1", "top2")
 
@@ -33,7 +37,8 @@ class MoESums:
 
 
 def local_sums(experiment: Experiment, chunks: list[torch.nn.Module], device: torch.device) -> Tensor:
-    """[layers, e + len(COLUMNS)] float64: this rank's share of the sums; adding up all ranks' gives `MoESums`.
+    """[layers, e + len(COLUMNS)] float64: this rank's share of the sums; adding up all ranks' gives
+    `MoESums`.
 
     Collective over the ranks that share a microbatch (TP x CP).
     """
@@ -62,7 +67,7 @@ def split(total: Tensor, num_experts: int) -> MoESums:
     return MoESums(total[:, :num_experts], total[:, num_experts:])
 
 
-def _routers(chunk: torch.nn.Module) -> list[torch.nn.Module]:
+def _routers(chunk: torch.nn.Module) -> list[Router]:
     from megatron_moe.model.moe.router import Router
 
     return [module for module in unwrap(chunk).modules() if isinstance(module, Router)]
@@ -76,7 +81,9 @@ def _layer_sums(rows: Tensor, moe: MoE) -> Tensor:
     tokens_or_one = tokens.clamp(min=1.0)
     factor = moe.moe_would_drop_capacity_factor
     capacity = torch.tensor(
-        [math.ceil(t * moe.moe_router_topk / e * factor) for t in tokens.tolist()], dtype=rows.dtype, device=rows.device
+        [math.ceil(t * moe.moe_router_topk / e * factor) for t in tokens.tolist()],
+        dtype=rows.dtype,
+        device=rows.device,
     )
     # Switch Transformer, eq. 4, with f the fraction of assignments: e * sum_j f_j P_j.
     fractions = routed / (tokens_or_one * moe.moe_router_topk).unsqueeze(1)

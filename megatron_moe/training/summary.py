@@ -14,11 +14,13 @@ def print_beginning(trainer: Trainer, resumed_from: Path | None) -> None:
     where = "CPU" if trainer.device.is_host else "GPU"
     dtype = next(trainer.chunks[0].parameters()).dtype
     print(
-        f"{trainer.experiment.name}: {_count(plan.parameters.total)} parameters, {_count(plan.parameters.active)} active; "
+        f"{trainer.experiment.name}: {_count(plan.parameters.total)} parameters, "
+        f"{_count(plan.parameters.active)} active; "
         f"{ranks} on {where}, {str(dtype).removeprefix('torch.')}"
     )
     if resumed_from is not None:
-        print(f"resuming from {resumed_from}, {trainer.iteration} of {trainer.experiment.training.train_iters} steps done")
+        done, wanted = trainer.iteration, trainer.experiment.training.train_iters
+        print(f"resuming from {resumed_from}, {done} of {wanted} steps done")
 
 
 def print_summary(trainer: Trainer) -> None:
@@ -37,7 +39,12 @@ def print_summary(trainer: Trainer) -> None:
         rows.append(("loss", f"{loss:.4f} nats a token" + (f", held-out {held_out:.4f}" if held_out else "")))
     manifest = trainer.prepared.manifest
     if manifest is not None and manifest.unigram_entropy_nats is not None:
-        rows.append(("unigram entropy", f"{manifest.unigram_entropy_nats:.4f} nats a token (knowing only how frequent each is)"))
+        rows.append(
+            (
+                "unigram entropy",
+                f"{manifest.unigram_entropy_nats:.4f} nats a token (knowing only how frequent each is)",
+            )
+        )
     rows += [
         ("run folder", str(folder)),
         ("metrics", str(folder / "metrics.jsonl")),

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.data.batches import Microbatches, Samples
-from megatron_moe.data.pretraining import Datasets
 from megatron_moe.data.prepare import Prepared
 from megatron_moe.engine import schedule
 from megatron_moe.engine.device import Device
@@ -21,6 +20,9 @@ from megatron_moe.plan.plan import Plan
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
 from megatron_moe.training.metrics import moe_metrics, reduce_step
+
+if TYPE_CHECKING:
+    from megatron_moe.data.pretraining import Datasets
 
 
 @dataclass

@@ -13,9 +13,10 @@ from megatron_moe.model.moe.grouped_linear import grouped_linear
 class Experts(torch.nn.Module):
     """Feed-forward experts: fc2_e(p * act(fc1_e x)) for each token x with gate weight p.
 
-    Stands where Megatron-Core's specs have `experts`. Its SequentialMLP runs a module an expert; here the weights of all local
-    experts are two parameters. The checkpoint holds them under the same keys and in the same global shape as SequentialMLP's,
-    [.., experts, out, in] with the gate's rows before the up-projection's.
+    Stands where Megatron-Core's specs have `experts`. Its SequentialMLP runs a module an expert; here the
+    weights of all local experts are two parameters. The checkpoint holds them under the same keys and in the
+    same global shape as SequentialMLP's, [.., experts, out, in] with the gate's rows before the
+    up-projection's.
 
     Args:
         num_local_experts: experts e of this rank.
@@ -23,8 +24,8 @@ class Experts(torch.nn.Module):
         pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
 
     Parameters:
-        linear_fc1: [e, g * f, h], f inner width of this expert-tensor-parallel rank, g = 2 where the activation is gated, else 1.
-        linear_fc2: [e, h, f].
+        linear_fc1: [e, g * f, h], f inner width of this expert-tensor-parallel rank, g = 2 where the
+        activation is gated, else 1. linear_fc2: [e, h, f].
     """
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
@@ -42,19 +43,19 @@ class Experts(torch.nn.Module):
         parameter = torch.nn.Parameter(
             torch.empty(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
         )
-        marks = dict(
-            allreduce=False,  # Megatron-Core's mark of an expert parameter: replicas are the expert-data-parallel group
-            tensor_model_parallel=True,  # no other rank holds a copy that would count twice in the gradient norm
-            partition_dim=dim,
-            partition_stride=self.gates if dim == 1 else 1,
-        )
+        marks = {
+            # Megatron-Core's mark of an expert parameter: replicas are the expert-data-parallel group.
+            "allreduce": False,
+            # No other rank holds a copy that would count twice in the gradient norm.
+            "tensor_model_parallel": True,
+            "partition_dim": dim,
+            "partition_stride": self.gates if dim == 1 else 1,
+        }
         for name, value in marks.items():
             setattr(parameter, name, value)
         return parameter
 
-    def forward(
-        self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """Args:
             tokens: [t, h], sorted by local expert.
             tokens_per_expert: [e].
@@ -93,14 +94,22 @@ class Experts(torch.nn.Module):
 
         return {
             f"{prefix}linear_fc1": factory("linear_fc1", self.linear_fc1, self._shard_fc1, self._merge_fc1),
-            f"{prefix}linear_fc2": factory("linear_fc2", self.linear_fc2, self._shard_fc2, lambda shards: shards[0]),
+            f"{prefix}linear_fc2": factory(
+                "linear_fc2", self.linear_fc2, self._shard_fc2, lambda shards: shards[0]
+            ),
         }
 
     def _shard_fc1(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
         tensor_rank, tensor_size = self.groups.expt_tp.rank(), self.groups.expt_tp.size()
         parts = data.chunk(self.gates, dim=1)
         return [
-            self._shard(key, part, (1, index * tensor_size + tensor_rank, self.gates * tensor_size), replica_id, offsets)
+            self._shard(
+                key,
+                part,
+                (1, index * tensor_size + tensor_rank, self.gates * tensor_size),
+                replica_id,
+                offsets,
+            )
             for index, part in enumerate(parts)
         ]
 
@@ -114,7 +123,8 @@ class Experts(torch.nn.Module):
     def _shard(
         self, key: str, data: Tensor, tensor: tuple[int, int, int], replica_id: Any, offsets: tuple[Any, ...]
     ) -> Any:
-        """One piece: its place among the experts, and `tensor` = (axis, piece, pieces) within each expert's matrix."""
+        """One piece: its place among the experts, and `tensor` = (axis, piece, pieces) within each expert's
+        matrix."""
         from megatron.core.dist_checkpointing import ShardedTensor
 
         axis, piece, pieces = tensor

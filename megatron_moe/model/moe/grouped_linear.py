@@ -34,8 +34,8 @@ def _rows_are_aligned(weight: Tensor) -> bool:
 class _ExpertLoop(torch.autograd.Function):
     """One product an expert, straight into the result: nothing is stacked, split or concatenated.
 
-    On the host this runs at the speed of the dense product. Autograd over `weight[i]` would instead add up a gradient of the size
-    of all experts for every expert.
+    On the host this runs at the speed of the dense product. Autograd over `weight[i]` would instead add up a
+    gradient of the size of all experts for every expert.
     """
 
     @staticmethod

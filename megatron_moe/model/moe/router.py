@@ -1,4 +1,5 @@
-"""Megatron-Core's top-k router behind our class: padding, drops that don't depend on the layout, statistics."""
+"""Megatron-Core's top-k router behind our class: padding, drops that don't depend on the layout,
+statistics."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ from megatron_moe.model.moe.statistics import RoutingStatistics
 class Router(TopKRouter):
     """Chooses k experts for each token.
 
-    Built where Megatron-Core's MoESubmodules have `router`. Selection, gate weights and losses are Megatron-Core's; ours are:
+    Built where Megatron-Core's MoESubmodules have `router`. Selection, gate weights and losses are
+    Megatron-Core's; ours are:
 
-    - the padding mask reaches it on every pipeline stage and under sequence parallelism (Megatron-Core shards it only on the
-      first stage);
+    - the padding mask reaches it on every pipeline stage and under sequence parallelism (Megatron-Core shards
+      it only on the first stage);
     - the z-loss of a microbatch with padding does not depend on the layout;
-    - with a capacity factor the drops are decided over the replica's whole microbatch, so that the layout does not change
-      them (Megatron-Core decides over each rank's tokens);
+    - with a capacity factor the drops are decided over the replica's whole microbatch, so that the layout
+      does not change them (Megatron-Core decides over each rank's tokens);
     - what was routed and dropped is counted, once a microbatch, also under recompute.
     """
 
@@ -33,10 +35,13 @@ class Router(TopKRouter):
         super().__init__(config=without_drops, pg_collection=pg_collection, **kwargs)
         self.statistics = RoutingStatistics(config.num_moe_experts)
 
-    def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Args:
             logits: [s, b, e] of this rank's tokens.
-            padding_mask: [s, b], true where a token is padding; of this rank's tokens or of the whole microbatch.
+            padding_mask: [s, b], true where a token is padding; of this rank's tokens or of the whole
+                microbatch.
 
         Returns:
             gate weights [s * b, e] and the routing map [s * b, e] bool.
@@ -55,7 +60,8 @@ class Router(TopKRouter):
         return probs, kept
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attach the z-loss coeff * mean(logsumexp(logits)^2) (ST-MoE, eq. 5) over the tokens of all TP x CP ranks.
+        """Attach the z-loss coeff * mean(logsumexp(logits)^2) (ST-MoE, eq. 5) over the tokens of all TP x CP
+        ranks.
 
         Megatron-Core takes the mean of each rank's mean, so that padding on one rank weighs its tokens more.
 
@@ -81,7 +87,8 @@ class Router(TopKRouter):
 
     @torch.no_grad()
     def _within_capacity(self, probs: Tensor, routed: Tensor) -> Tensor:
-        """[t, e] bool: the assignments that their expert still has room for, over the tokens of all TP x CP ranks."""
+        """[t, e] bool: the assignments that their expert still has room for, over the tokens of all TP x CP
+        ranks."""
         group = self.tp_cp_group
         mine = slice(group.rank() * probs.size(0), (group.rank() + 1) * probs.size(0))
         gathered = moe_utils.apply_router_token_dropping(

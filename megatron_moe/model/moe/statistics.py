@@ -9,8 +9,9 @@ from torch import Tensor
 class RoutingStatistics:
     """Sums over the target tokens that this rank routed, one row a microbatch.
 
-    A row holds: assignments an expert before drops [e], after drops [e], router probability an expert [e], then the sums of
-    logsumexp(logits)^2, the largest and the second largest probability, and the number of tokens.
+    A row holds: assignments an expert before drops [e], after drops [e], router probability an expert [e],
+    then the sums of logsumexp(logits)^2, the largest and the second largest probability, and the number of
+    tokens.
     """
 
     EXTRA = 4

@@ -7,8 +7,8 @@ from megatron_moe.training.trainer import Trainer
 
 
 class Evaluation(Callback):
-    """Adds `eval/loss`, the mean loss a target token over `training.eval_iters` global batches, every `training.eval_interval` steps
-    and at the end."""
+    """Adds `eval/loss`, the mean loss a target token over `training.eval_iters` global batches, every
+    `training.eval_interval` steps and at the end."""
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
         training, held_out = trainer.experiment.training, trainer.datasets.valid

@@ -44,7 +44,8 @@ def without_nan(value: Any) -> Any:
 
 
 def cut_back(path: Path, iteration: int) -> None:
-    """Remove every line behind `iteration`, and a torn last one, so that a resumed run writes each step once."""
+    """Remove every line behind `iteration`, and a torn last one, so that a resumed run writes each step
+    once."""
     if not path.exists():
         return
     keep = 0

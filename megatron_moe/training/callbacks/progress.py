@@ -50,7 +50,11 @@ class ProgressBar(Callback):
         if self.bar is not None and self.task is not None:
             self.bar.update(self.task, completed=trainer.iteration, numbers=self._numbers(record))
         is_last = trainer.iteration == trainer.experiment.training.train_iters
-        if is_last or trainer.iteration == 1 or trainer.iteration % trainer.experiment.logging.detail_interval == 0:
+        if (
+            is_last
+            or trainer.iteration == 1
+            or trainer.iteration % trainer.experiment.logging.detail_interval == 0
+        ):
             self._line(trainer, record)
 
     def on_end(self, trainer: Trainer) -> None:
