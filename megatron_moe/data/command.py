@@ -69,12 +69,12 @@ def run(
 def _check_tokenizer(kind: str, model: Path | None, vocab_size: int | None) -> None:
     if kind == "bytes" and (model is not None or vocab_size is not None):
         raise InputError(
-            "--tokenizer bytes: has no model and always 257 ids; leave --model and --vocab-size out"
+            "--tokenizer bytes: has no model and always 257 ids; leave --tokenizer-model and --vocab-size out"
         )
     if kind == "sentencepiece" and (model is None) == (vocab_size is None):
         raise InputError(
-            "--tokenizer sentencepiece: give either --model FILE, or --vocab-size N (for example 1024) "
-            "to train one on the inputs"
+            "--tokenizer sentencepiece: give either --tokenizer-model FILE, or --vocab-size N (for example "
+            "1024) to train one on the inputs"
         )
 
 

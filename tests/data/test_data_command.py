@@ -55,8 +55,11 @@ def test_a_given_model_is_used_and_empty_documents_are_told(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give either --model FILE, or --vocab-size N"),
-        ({"model": Path("x.model"), "vocab_size": 300}, "give either --model FILE, or --vocab-size N"),
+        ({}, "give either --tokenizer-model FILE, or --vocab-size N"),
+        (
+            {"model": Path("x.model"), "vocab_size": 300},
+            "give either --tokenizer-model FILE, or --vocab-size N",
+        ),
         ({"kind": "bytes", "vocab_size": 300}, "always 257 ids"),
         ({"kind": "bytes", "model": Path("x.model")}, "always 257 ids"),
         ({"model": Path("none.model")}, "none.model: cannot read"),
