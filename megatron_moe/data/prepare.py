@@ -51,7 +51,7 @@ def prepare(experiment: Experiment, root: Path) -> Prepared:
     model.
     """
     data = experiment.data
-    made_here = root / "prepared"
+    made_here = root / "_prepared"  # no run can be called that
     if data.kind == "mock":
         return _mock(experiment)
     if data.path is not None:

@@ -45,7 +45,7 @@ def test_text_becomes_token_files_with_a_tokenizer_of_its_own(tmp_path: Path) ->
     data = from_text(str(SHAKESPEARE), Tokenizer(vocab_size=500), documents="paragraph")
     prepared = made(data, tmp_path)
     folder = folder_of(prepared)
-    assert names(tmp_path / "prepared") == {folder.name}
+    assert names(tmp_path / "_prepared") == {folder.name}
     assert folder.name.startswith("tinyshakespeare-")
     assert prepared.vocab_size == 500
     assert prepared.tokenizer is not None and prepared.manifest is not None
@@ -59,10 +59,10 @@ def test_text_becomes_token_files_with_a_tokenizer_of_its_own(tmp_path: Path) ->
 
 def test_a_second_call_finds_what_was_made_and_writes_nothing(tmp_path: Path, text: str) -> None:
     first = made(from_text(text), tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_prepared").rglob("*")}
     again = made(from_text(text), tmp_path)
     assert (again.prefix, again.manifest) == (first.prefix, first.manifest)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "prepared").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "_prepared").rglob("*")} == before
 
 
 def test_the_folder_is_named_by_all_that_its_content_depends_on(tmp_path: Path, text: str) -> None:
@@ -105,7 +105,7 @@ def test_processes_that_come_at_once_make_it_once(tmp_path: Path) -> None:
     answers = [caller.communicate() for caller in callers]
     assert len({out for out, _ in answers}) == 1 and answers[0][0]
     assert [err.count("tokenized") for _, err in answers].count(1) == 1, "one of them did the work"
-    assert len(names(tmp_path / "runs" / "prepared")) == 1
+    assert len(names(tmp_path / "runs" / "_prepared")) == 1
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, text: str) -> None:
@@ -114,7 +114,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, text: str) -
     folder.rename(aside)
     (aside / "tokens.json").unlink()
     assert folder_of(made(from_text(text), tmp_path)) == folder
-    assert names(tmp_path / "prepared") == {folder.name}
+    assert names(tmp_path / "_prepared") == {folder.name}
 
 
 def test_wrong_text_names_the_key_and_the_line_and_leaves_nothing(tmp_path: Path) -> None:

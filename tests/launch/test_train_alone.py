@@ -157,7 +157,7 @@ def test_a_signal_while_data_is_made_leaves_nothing_behind(tmp_path, monkeypatch
     prepare = f"{{input: [{corpus}], documents: paragraph}}"
     process = start(config, f"data={{kind: pretraining, prepare: {prepare}, tokenizer: {{vocab_size: 100}}}}")
     # The staging folder of the data: from here on sentencepiece, then the encoding works.
-    wait_until(lambda: any((tmp_path / "runs").glob("prepared/*")))
+    wait_until(lambda: any((tmp_path / "runs").glob("_prepared/*")))
     process.send_signal(number)
     output, errors = process.communicate()
     assert (process.returncode, output) == (75, "")
