@@ -18,20 +18,19 @@ def forward_step(
     loss of it.
 
     A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target
-    (padding, prompt). Such tokens count neither in the loss nor in the router's losses and statistics.
+    (padding, prompt); where there are such, also padding_mask [b, s], true for them. They count neither in the loss nor in the router's losses and statistics.
     """
     batch = next(batches)
-    loss_mask = batch["loss_mask"]
     # Every stage gets the mask: routers stand on all of them.
-    padding_mask = None if bool(loss_mask.all()) else loss_mask == 0
+    padding = {"padding_mask": batch["padding_mask"]} if "padding_mask" in batch else {}
     output = chunk(
         batch["tokens"],
         batch["position_ids"],
         None,
         labels=batch["labels"],
-        **({} if padding_mask is None else {"padding_mask": padding_mask}),
+        **padding,
     )
-    return output, partial(_loss, loss_mask)
+    return output, partial(_loss, batch["loss_mask"])
 
 
 def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,4 +41,4 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mask = loss_mask.reshape(-1).float()
     total = (losses.float().reshape(-1) * mask).sum()
     targets = mask.sum()
-    return total, targets.to(torch.int), torch.stack([total.detach().double(), targets.double()]).clone()
+    return total, targets.to(torch.int), torch.stack([total.detach().double(), targets.double()])
