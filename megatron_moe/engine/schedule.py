@@ -103,8 +103,8 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
 def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
-    Where some tokens are no targets it gets a `padding_mask` [b, s], true there; looked for on the host, so that
-    no GPU has to be waited for.
+    Where some tokens are no targets it gets a `padding_mask` [b, s], true there; looked for on the host, so
+    that no GPU has to be waited for.
     """
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank

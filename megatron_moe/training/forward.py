@@ -18,7 +18,8 @@ def forward_step(
     loss of it.
 
     A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target
-    (padding, prompt); where there are such, also padding_mask [b, s], true for them. They count neither in the loss nor in the router's losses and statistics.
+    (padding, prompt); where there are such, also padding_mask [b, s], true for them. They count neither in
+    the loss nor in the router's losses and statistics.
     """
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
