@@ -20,6 +20,7 @@ RULES: list[Rule] = [
     model_rules.padded_vocab_over_tp,
     model_rules.positions_reach_sequence,
     model_rules.topk_within_experts,
+    model_rules.top1_needs_softmax_first,
     model_rules.expert_ffn_over_etp,
     model_rules.shared_experts_over_tp,
     model_rules.moe_layer_list_length,

@@ -98,6 +98,14 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "9 is more than moe.num_moe_experts (8, experiment.yaml:5)",
     ),
     (
+        "top1_needs_softmax_first",
+        MOE,
+        ["moe.moe_router_topk=1"],
+        ["moe.moe_router_pre_softmax=true"],
+        "moe.moe_router_topk",
+        "1 expert a token gives the router no gradient",
+    ),
+    (
         "moe_layer_list_length",
         MOE,
         ["moe.moe_layer_freq=[1, 0]"],
