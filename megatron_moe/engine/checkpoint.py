@@ -95,6 +95,25 @@ def sharded_weights(chunks: list[torch.nn.Module]) -> list[Any]:
     return list(_sharded_tensors(_model_state(chunks)))
 
 
+def sharded_gradients(chunks: list[torch.nn.Module]) -> list[Any]:
+    """As `sharded_weights`, with the gradient in `main_grad` where the weight was; what has none is left
+    out."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+
+    found: list[Any] = []
+    for name, model in _named(chunks):
+        gradients = {id(weight): weight.main_grad for weight in model.parameters() if weight.requires_grad}
+        state = model.sharded_state_dict(metadata=_metadata())  # type: ignore[operator]
+        for value in nested_values(state):
+            if isinstance(value, ShardedBase) and id(value.data) in gradients:
+                value.data = gradients[id(value.data)]
+                if isinstance(value, ShardedTensor):
+                    value.dtype = value.data.dtype
+                found += _sharded_tensors({name: value})
+    return found
+
+
 def unwrap(chunk: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside the data-parallel and the mixed-precision wrapper."""
     while hasattr(chunk, "module"):
