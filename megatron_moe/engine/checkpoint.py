@@ -103,7 +103,7 @@ def sharded_gradients(chunks: list[torch.nn.Module]) -> list[Any]:
 
     found: list[Any] = []
     for name, model in _named(chunks):
-        gradients = {id(weight): weight.main_grad for weight in model.parameters() if weight.requires_grad}
+        gradients: dict[int, Any] = {id(weight): weight.main_grad for weight in model.parameters()}  # type: ignore[attr-defined]
         state = model.sharded_state_dict(metadata=_metadata())  # type: ignore[operator]
         for value in nested_values(state):
             if isinstance(value, ShardedBase) and id(value.data) in gradients:

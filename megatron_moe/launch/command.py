@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -69,12 +70,13 @@ def train(config_path: Path, overrides: Sequence[str]) -> int:
     return _tell(outcome)
 
 
-def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: float) -> int:
+def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: float | None) -> int:
     """Train a few steps under the experiment's layout, then in one process, and compare.
 
     Both start from the same weights and take the same batches.
 
-    Returns the exit code, 1 where a difference is above `tolerance`. Raises InputError.
+    Returns the exit code, 1 where a difference is above `tolerance` (None: what the precision allows). Raises
+    InputError.
     """
     if identity.from_environment(os.environ) is not None:
         raise InputError(
@@ -90,7 +92,7 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
             reference = load(at / "layout.yaml", _ONE_PROCESS, world_size=None).experiment
             (at / "reference.yaml").write_text(to_yaml(reference))
             for part, ranks, part_of in (("layout", world_size, experiment), ("reference", 1, reference)):
-                argv = _rank_command("verify", folder, part, str(steps), str(tolerance))
+                argv = _rank_command("verify", folder, part, str(steps), json.dumps(tolerance))
                 outcome = run_ranks(argv, ranks, _threads(part_of, ranks), at / "logs" / part, quiet=False)
                 if outcome.exit_code != exit_codes.DONE:
                     break

@@ -5,6 +5,7 @@ It says nothing itself: what went wrong stands in its report; whoever started th
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -64,12 +65,15 @@ def train(run_folder: str) -> int:
 
 
 def verify(folder: str, part: str, steps: str, tolerance: str) -> int:
-    """One part of `verify`: `layout` records what the ranks compute, `reference`, one process, compares."""
+    """One part of `verify`: `layout` records what the ranks compute, `reference`, one process, compares.
+
+    `tolerance` is a number, or null for what the precision allows.
+    """
     from megatron_moe.training.verify import run_part
 
     at = Path(folder)
     experiment = load(at / f"{part}.yaml", [], world_size=int(os.environ["WORLD_SIZE"])).experiment
-    return run_part(at, part, experiment, int(steps), float(tolerance))
+    return run_part(at, part, experiment, int(steps), json.loads(tolerance))
 
 
 _COMMANDS: dict[str, Callable[..., int]] = {"train": train, "verify": verify}

@@ -151,7 +151,7 @@ def print_report(report: Report, switched_off: list[str]) -> None:
 
 def _table(report: Report) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("step", "loss", "off by", "grad norm", "off by", "worst gradient", "worst update"):
+    for column in ("step", "loss", "off by", "grad norm", "off by", "gradients", "updates"):
         table.add_column(column, justify="right", no_wrap=True)
     for step in report.steps:
         differences = (step.grad_norm_difference, step.gradients.difference, step.updates.difference)
