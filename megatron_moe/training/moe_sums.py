@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,8 +56,7 @@ def local_sums(experiment: Experiment, chunks: list[torch.nn.Module], device: to
     dist.all_reduce(rows, group=group)
     # Now each rank of the group has the whole microbatch; one of them speaks for it.
     if group.rank() == 0:
-        for router, microbatches in zip(routers, rows, strict=True):
-            total[router.layer_number - 1] = _layer_sums(microbatches, moe)
+        total[[router.layer_number - 1 for router in routers]] = _layer_sums(rows, moe)
     return total
 
 
@@ -74,28 +72,26 @@ def _routers(chunk: torch.nn.Module) -> list[Router]:
 
 
 def _layer_sums(rows: Tensor, moe: MoE) -> Tensor:
-    """[e + len(COLUMNS)] of one layer's microbatches [m, width] (see `model.moe.statistics`)."""
-    e = moe.num_moe_experts
-    routed, kept, probs = rows[:, :e], rows[:, e : 2 * e], rows[:, 2 * e : 3 * e]
-    z_squares, top1, top2, tokens = rows[:, 3 * e :].unbind(1)
+    """[layers, e + len(COLUMNS)] from the rows [layers, m, width] of their microbatches (see
+    `model.moe.statistics`)."""
+    e, k = moe.num_moe_experts, moe.moe_router_topk
+    routed, kept, probs, extra = rows.split([e, e, e, rows.size(-1) - 3 * e], dim=-1)
+    z_squares, top1, top2, tokens = extra.unbind(-1)
     tokens_or_one = tokens.clamp(min=1.0)
-    factor = moe.moe_would_drop_capacity_factor
-    capacity = torch.tensor(
-        [math.ceil(t * moe.moe_router_topk / e * factor) for t in tokens.tolist()],
-        dtype=rows.dtype,
-        device=rows.device,
-    )
+    capacity = (tokens * k / e * moe.moe_would_drop_capacity_factor).ceil()
     # Switch Transformer, eq. 4, with f the fraction of assignments: e * sum_j f_j P_j.
-    fractions = routed / (tokens_or_one * moe.moe_router_topk).unsqueeze(1)
-    aux_loss = e * (fractions * probs / tokens_or_one.unsqueeze(1)).sum(1)
-    columns = (
-        rows.new_tensor(float(len(rows))),
-        routed.sum(),
-        routed.sum() - kept.sum(),
-        (routed - capacity.unsqueeze(1)).clamp(min=0).sum(),
-        aux_loss.sum(),
-        (z_squares / tokens_or_one).sum(),
-        top1.sum(),
-        top2.sum(),
+    aux_loss = e * (routed * probs).sum(-1) / (k * tokens_or_one.square())
+    of_microbatches = torch.stack(
+        [
+            torch.ones_like(tokens),
+            routed.sum(-1),
+            (routed - kept).sum(-1),
+            (routed - capacity.unsqueeze(-1)).clamp(min=0).sum(-1),
+            aux_loss,
+            z_squares / tokens_or_one,
+            top1,
+            top2,
+        ],
+        dim=-1,
     )
-    return torch.cat([routed.sum(0), torch.stack(columns)])
+    return torch.cat([routed, of_microbatches], dim=-1).sum(1)
