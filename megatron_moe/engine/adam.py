@@ -16,9 +16,11 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) over `torch._fused_adamw_`.
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) over `torch._fused_adamw_`, the kernel of
+    torch.optim.AdamW(fused=True).
 
-    Args as torch.optim.AdamW; `adam_w_mode` must be true (decoupled decay).
+    Args as torch.optim.AdamW; `adam_w_mode` must be true (decoupled decay) and `capturable` false. The
+    parameters of a group lie on one device. The moments have the parameters' dtype.
     """
 
     def __init__(
@@ -47,14 +49,15 @@ class FusedAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
                     self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            # The count after this update; the kernel reads it once a parameter.
+            step = torch.tensor(float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                # The kernel reads the count after this update, one tensor a parameter.
-                [torch.tensor(float(group["step"]), device=p.device) for p in params],
+                [step] * len(params),
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],

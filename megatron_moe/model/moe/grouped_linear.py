@@ -23,7 +23,9 @@ def grouped_linear(tokens: Tensor, weight: Tensor, tokens_per_expert: Tensor) ->
         # No host synchronisation: the offsets stay on the device.
         offsets = tokens_per_expert.to(device=tokens.device).cumsum(0).to(torch.int32)
         return torch.nn.functional.grouped_mm(tokens, weight.transpose(1, 2), offs=offsets)
-    return _ExpertLoop.apply(tokens, weight, tokens_per_expert.tolist())
+    sizes: list[int] = tokens_per_expert.tolist()
+    assert sum(sizes) == tokens.size(0), "rows of no expert would stay uninitialised"
+    return _ExpertLoop.apply(tokens, weight, sizes)
 
 
 def _rows_are_aligned(weight: Tensor) -> bool:
