@@ -1,5 +1,5 @@
-"""Mistakes of the user. Whoever catches one prints it line by line and exits with 2; there is never a
-traceback."""
+"""What a user is told without a traceback: mistakes of the input (exit code 2), and what stopped a run from
+outside (exit code 1)."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ class InputError(Exception):
 
 class ConfigError(InputError):
     """The YAML file, or an override of it, is wrong."""
+
+
+class RunError(Exception):
+    """Something outside the program stopped a run, such as a full disk: one line that says what, and what to
+    do."""

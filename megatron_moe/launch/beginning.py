@@ -12,6 +12,7 @@ from megatron_moe.data.prepare import prepare
 from megatron_moe.launch import resume
 from megatron_moe.launch.run_folder import LockedRunFolder, open_locked
 from megatron_moe.plan.plan import Plan
+from megatron_moe.training import provenance
 
 if TYPE_CHECKING:
     from megatron_moe.config.loading import Loaded
@@ -49,7 +50,9 @@ def begin(loaded: Loaded, plan: Plan, say: Callable[[str], None]) -> Job:
                 "another name starts a new run."
             )
             return Job(locked, finished=True)
-        prepare(experiment, Path(experiment.logging.root))
+        prepared = prepare(experiment, Path(experiment.logging.root))
+        if (checkpoint := resume.newest_checkpoint(locked.folder)) is not None:
+            provenance.check(checkpoint, prepared)
         locked.folder.write(loaded.text, to_yaml(experiment), plan.to_json())
         locked.folder.requeue.unlink(missing_ok=True)
     except BaseException:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, RunError
 from megatron_moe.config.loading import Loaded, load
 from megatron_moe.launch import exit_codes, local_ranks, rank, reports
 from megatron_moe.launch.beginning import begin
@@ -101,6 +101,10 @@ def _train_in(folder: RunFolder, own_rank: int, store: Any) -> int:
         if _is_first_to_say(store, str(error)):
             raise
         return exit_codes.WRONG_INPUT
+    except RunError as error:
+        if _is_first_to_say(store, str(error)):
+            print(error, file=sys.stderr)
+        rank.leave(exit_codes.FAILED)
     except Exception as error:
         if not reports.is_secondary(error):
             print(f"rank {own_rank} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)

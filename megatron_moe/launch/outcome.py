@@ -77,6 +77,8 @@ def judge(
         return Outcome(exit_codes.FAILED, error=_unreported(first, logs.get(first.rank)), stopped=stopped)
     if report.kind == "input":
         return Outcome(exit_codes.WRONG_INPUT, problems=report.problems, stopped=stopped)
+    if report.kind == "outside":
+        return Outcome(exit_codes.FAILED, error="\n".join(report.problems), stopped=stopped)
     if report.kind == "returned":
         return Outcome(report.code, stopped=stopped)
     return Outcome(

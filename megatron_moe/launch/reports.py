@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, RunError
 
 FOLDER_VARIABLE = "MEGATRON_MOE_REPORTS"
 """Environment variable: the folder that ranks write their reports to."""
 
-Kind = Literal["input", "error", "secondary", "returned"]
+Kind = Literal["input", "outside", "error", "secondary", "returned"]
 
 _LOST_CONNECTION = re.compile(
     r"Connection (reset|closed|refused|was likely closed)|Broken pipe|Socket closed"
@@ -31,10 +31,10 @@ class Report:
 
     Attributes:
         time: seconds since the epoch.
-        kind: `input`, a mistake of the user; `error`, any other exception; `secondary`, one that only says
-            that another rank is gone; `returned`, no exception: the rank's function asked for exit code
-            `code` and has said itself why.
-        problems: the lines of an InputError.
+        kind: `input`, a mistake of the user; `outside`, a RunError; `error`, any other exception;
+            `secondary`, one that only says that another rank is gone; `returned`, no exception: the rank's
+            function asked for exit code `code` and has said itself why.
+        problems: the lines of an InputError or RunError.
     """
 
     rank: int
@@ -56,6 +56,8 @@ def of_exception(rank: int, error: BaseException, code: int) -> Report:
     """The report on an exception that ends a rank."""
     if isinstance(error, InputError):
         return Report(rank, time.time(), "input", code, problems=tuple(error.problems))
+    if isinstance(error, RunError):
+        return Report(rank, time.time(), "outside", code, problems=(str(error),))
     kind: Kind = "secondary" if is_secondary(error) else "error"
     return Report(rank, time.time(), kind, code, traceback="".join(traceback.format_exception(error)))
 

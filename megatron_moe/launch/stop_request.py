@@ -45,7 +45,8 @@ class StopRequest:
         if self.requested:
             self.insisted = self.insisted or number == signal.SIGINT
         elif self._message:
-            print(self._message, file=sys.stderr, flush=True)
+            # A terminal's line holds the progress bar, or the echoed ^C.
+            print("\n" * sys.stderr.isatty() + self._message, file=sys.stderr, flush=True)
         self.requested = True
 
 

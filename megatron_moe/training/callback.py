@@ -23,3 +23,6 @@ class Callback:
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, also where a signal stopped the run; not after an error."""
+
+    def on_error(self, trainer: Trainer) -> None:
+        """After an exception, which goes on from here. Other ranks may be gone: no communication."""

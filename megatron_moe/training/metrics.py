@@ -73,7 +73,7 @@ MOE_METRICS: dict[str, Callable[[MoESums, Experiment], float]] = {
         sums.column("would_drop").sum(), sums.column("assigned").sum()
     ),
     "moe/load_max_over_mean": lambda sums, _: _mean(_load_max_over_mean(sums)),
-    "moe/dead_experts": lambda sums, _: float((_moe_rows(sums.load, sums) == 0).sum()),
+    "moe/dead_experts": lambda sums, _: int((_moe_rows(sums.load, sums) == 0).sum()),
 }
 """Every step: key -> number."""
 

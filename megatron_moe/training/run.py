@@ -17,10 +17,11 @@ from megatron_moe.training.callbacks.evaluation import Evaluation
 from megatron_moe.training.callbacks.metrics_file import MetricsFile
 from megatron_moe.training.callbacks.progress import ProgressBar
 from megatron_moe.training.callbacks.termination import Termination
-from megatron_moe.training.summary import print_beginning, print_summary
+from megatron_moe.training.summary import say_beginning, say_summary
 from megatron_moe.training.trainer import Trainer
 
 DONE, START_AGAIN = 0, 75
+LOG = "log.txt"
 
 
 def train(run_folder: Path, experiment: Experiment, plan: Plan) -> int:
@@ -30,28 +31,30 @@ def train(run_folder: Path, experiment: Experiment, plan: Plan) -> int:
 
     Returns:
         0 when all iterations are done, 75 when a signal stopped the run, which was saved.
-        Raises InputError.
+        Raises InputError, and RunError where a checkpoint cannot be written.
     """
     trainer = start(experiment, plan, run_folder)
     resumed_from = checkpoint.resume(trainer)
-    trainer.callbacks = _callbacks(run_folder)
+    trainer.callbacks = standard_callbacks(run_folder)
     if dist.get_rank() == 0:
-        print_beginning(trainer, resumed_from)
+        say_beginning(trainer, resumed_from, run_folder / LOG)
     trainer.fit()
+    # No rank leaves before all have done everything: the first that does may have the others ended.
+    dist.barrier()
     if dist.get_rank() == 0:
-        print_summary(trainer)
+        say_summary(trainer, run_folder / LOG)
     groups.shutdown()
     finished = trainer.iteration >= experiment.training.train_iters
     return DONE if finished else START_AGAIN
 
 
-def _callbacks(run_folder: Path) -> list[Callback]:
+def standard_callbacks(run_folder: Path) -> list[Callback]:
     """In the order in which they see a step: what adds to its record, what writes it down, what saves."""
     speaks = dist.get_rank() == 0
     return [
         Termination(),
         Evaluation(),
-        *([MetricsFile(run_folder / "metrics.jsonl"), ProgressBar(run_folder / "log.txt")] if speaks else []),
+        *([MetricsFile(run_folder / "metrics.jsonl"), ProgressBar(run_folder / LOG)] if speaks else []),
         Checkpointing(),
     ]
 

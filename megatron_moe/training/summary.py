@@ -1,73 +1,83 @@
-"""What is said when a run begins and ends."""
+"""What is said when a run begins and ends, on the terminal and in log.txt."""
 
 from __future__ import annotations
 
+import math
+from datetime import datetime
 from pathlib import Path
 
 from megatron_moe.training.trainer import Trainer
 
 
-def print_beginning(trainer: Trainer, resumed_from: Path | None) -> None:
+def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> None:
     """What trains, on what, and from where it goes on."""
-    layout, plan = trainer.plan.layout, trainer.plan
-    ranks = f"{layout.world_size} rank{'s' * (layout.world_size > 1)}"
+    plan = trainer.plan
     where = "CPU" if trainer.device.is_host else "GPU"
-    dtype = next(trainer.chunks[0].parameters()).dtype
-    print(
+    dtype = trainer.device.resolve_precision(trainer.experiment.training.precision)
+    with log.open("a", encoding="utf-8") as file:
+        print(datetime.now().astimezone().isoformat(timespec="seconds"), file=file)
+    lines = [
         f"{trainer.experiment.name}: {_count(plan.parameters.total)} parameters, "
         f"{_count(plan.parameters.active)} active; "
-        f"{ranks} on {where}, {str(dtype).removeprefix('torch.')}"
-    )
+        f"{_plural(plan.layout.world_size, 'rank')} on {where}, {str(dtype).removeprefix('torch.')}"
+    ]
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters
-        print(f"resuming from {resumed_from}, {done} of {wanted} steps done")
+        lines.append(f"Resuming from {resumed_from}: {done} of {_plural(wanted, 'step')} done")
+    _say(lines, log)
 
 
-def print_summary(trainer: Trainer) -> None:
+def say_summary(trainer: Trainer, log: Path) -> None:
     """Where everything lies, how good it is, and what to do next."""
     experiment, folder = trainer.experiment, trainer.run_folder
     done, wanted = trainer.iteration, experiment.training.train_iters
-    print()
     if done < wanted:
-        print(f"Stopped after step {done} of {wanted}; everything is saved.")
+        lines = ["", f"Stopped after step {done} of {wanted}; everything is saved."]
     else:
-        print(f"Trained {done} step{'s' * (done > 1)}.")
-    record = last_record(folder)
-    loss, held_out = record.get("loss"), record.get("eval/loss")
-    rows: list[tuple[str, str]] = []
-    if loss is not None:
-        rows.append(("loss", f"{loss:.4f} nats a token" + (f", held-out {held_out:.4f}" if held_out else "")))
-    manifest = trainer.prepared.manifest
-    if manifest is not None and manifest.unigram_entropy_nats is not None:
-        rows.append(
-            (
-                "unigram entropy",
-                f"{manifest.unigram_entropy_nats:.4f} nats a token (knowing only how frequent each is)",
-            )
-        )
-    rows += [
+        lines = ["", f"Trained {_plural(done, 'step')}."]
+    rows = [
+        *_losses(trainer),
         ("run folder", str(folder)),
         ("metrics", str(folder / "metrics.jsonl")),
         ("checkpoint", str(folder / "checkpoints" / f"iter_{done:07d}")),
     ]
-    for name, value in rows:
-        print(f"  {name:<16} {value}")
+    lines += [f"  {name:<16} {value}" for name, value in rows]
     config = folder / "resolved.yaml"
-    print("Next:")
+    lines.append("Next:")
     if done < wanted:
-        print(f"  go on        megatron-moe train {config}")
+        lines.append(f"  go on        megatron-moe train {config}")
     else:
-        print(f"  train on     megatron-moe train {config} training.train_iters={2 * wanted}")
-    print(f"  check layout megatron-moe verify {config}")
+        more = f"training.train_iters={2 * wanted}"
+        if experiment.optimizer.lr_decay_iters == wanted:
+            # Else the rest of the run would be trained at min_lr.
+            more += f" optimizer.lr_decay_iters={2 * wanted}"
+        lines.append(f"  train on     megatron-moe train {config} {more}")
+    lines.append(f"  check layout megatron-moe verify {config}")
+    _say(lines, log)
 
 
-def last_record(folder: Path) -> dict[str, float]:
-    """The newest line of metrics.jsonl."""
-    import json
+def _losses(trainer: Trainer) -> list[tuple[str, str]]:
+    rows = []
+    loss, held_out = trainer.last_record.get("loss"), trainer.last_record.get("eval/loss")
+    if loss is not None and math.isfinite(loss):
+        text = f"{loss:.4f} nats a token"
+        rows.append(("loss", text if held_out is None else f"{text}, held-out {held_out:.4f}"))
+    manifest = trainer.prepared.manifest
+    if manifest is not None:
+        entropy = f"{manifest.unigram_entropy_nats:.4f} nats a token"
+        rows.append(("unigram entropy", f"{entropy} (the best guess that only knows how frequent each is)"))
+    return rows
 
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    record: dict[str, float] = json.loads(lines[-1]) if lines else {}
-    return record
+
+def _say(lines: list[str], log: Path) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        for line in lines:
+            print(line, flush=True)
+            print(line, file=file)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _count(number: int) -> str:

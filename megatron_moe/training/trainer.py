@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Trainer:
         iteration: optimizer steps done.
         consumed_samples: sequences trained on.
         stop_requested: set from a signal; the ranks agree on it at the end of a step.
+        stopped: they have agreed to stop.
+        last_record: what the newest step, if this process has done one, came to.
     """
 
     experiment: Experiment
@@ -50,18 +53,24 @@ class Trainer:
     consumed_samples: int = 0
     stop_requested: bool = False
     stopped: bool = field(default=False, init=False)
+    last_record: Record = field(default_factory=dict, init=False)
 
     def fit(self) -> None:
         """Train until `training.train_iters` steps are done, or a signal asks to stop."""
-        for callback in self.callbacks:
-            callback.on_start(self)
-        batches = self.microbatches(self.datasets.train, self.consumed_samples, shuffle=True)
-        while self.iteration < self.experiment.training.train_iters and not self.stopped:
-            record = self.step(batches)
+        try:
             for callback in self.callbacks:
-                callback.on_step(self, record)
-        for callback in self.callbacks:
-            callback.on_end(self)
+                callback.on_start(self)
+            batches = self.microbatches(self.datasets.train, self.consumed_samples, shuffle=True)
+            while self.iteration < self.experiment.training.train_iters and not self.stopped:
+                self.last_record = self.step(batches)
+                for callback in self.callbacks:
+                    callback.on_step(self, self.last_record)
+            for callback in self.callbacks:
+                callback.on_end(self)
+        except BaseException:
+            for callback in self.callbacks:
+                callback.on_error(self)
+            raise
 
     def step(self, batches: Iterator[Batch]) -> Record:
         """One optimizer step over the next global batch; its record."""
@@ -115,7 +124,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         sums = schedule.sum_over_ranks(reports, self.device.torch_device)
-        return sums[0] / sums[1]
+        return sums[0] / sums[1] if sums[1] else math.nan
 
     def microbatches(self, dataset: Samples, consumed_samples: int, shuffle: bool) -> Iterator[Batch]:
         """This replica's microbatches from a position on, on this rank's device."""

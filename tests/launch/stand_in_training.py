@@ -25,6 +25,7 @@ def train(run_folder, experiment, plan):
     exec(os.environ["FAKE_TRAINING"])
     checkpoint = run_folder / "checkpoints" / f"iter_{experiment.training.train_iters:07d}"
     checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "about.json").write_text('{"tokenizer_sha256": null, "data": null}')
     return 0
 
 def newest(run_folder):

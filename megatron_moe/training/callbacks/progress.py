@@ -14,14 +14,17 @@ from megatron_moe.training.trainer import Trainer
 
 
 class ProgressBar(Callback):
-    """A bar with loss, tokens a second and time left on a terminal; elsewhere, and in log.txt, a line every
-    `logging.detail_interval` steps. For one rank."""
+    """A bar with loss, tokens a second and time left on a terminal; elsewhere, and in log.txt, a line for the
+    first step, for every `logging.detail_interval`-th, for the last, and for each that was evaluated or
+    skipped. For one rank.
+    """
 
     def __init__(self, log: Path) -> None:
         self.log_path = log
         self.log: IO[str] | None = None
         self.bar: Progress | None = None
         self.task: TaskID | None = None
+        self.lines = 0
         self.eval_loss: float | None = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -34,7 +37,7 @@ class ProgressBar(Callback):
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
-            console=Console(file=sys.stdout),
+            console=_Console(file=sys.stdout),
             expand=True,
         )
         self.bar.start()
@@ -48,26 +51,33 @@ class ProgressBar(Callback):
     def on_step(self, trainer: Trainer, record: Record) -> None:
         self.eval_loss = record.get("eval/loss", self.eval_loss)
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=trainer.iteration, numbers=self._numbers(record))
-        is_last = trainer.iteration == trainer.experiment.training.train_iters
-        if (
-            is_last
-            or trainer.iteration == 1
-            or trainer.iteration % trainer.experiment.logging.detail_interval == 0
-        ):
+            self.bar.update(
+                self.task,
+                completed=trainer.iteration,
+                numbers=_numbers(record | {"eval/loss": self.eval_loss}),
+            )
+        is_regular = trainer.iteration % trainer.experiment.logging.detail_interval == 0
+        is_last = trainer.stopped or trainer.iteration == trainer.experiment.training.train_iters
+        if self.lines == 0 or is_regular or is_last or "eval/loss" in record or "skipped" in record:
             self._line(trainer, record)
 
     def on_end(self, trainer: Trainer) -> None:
+        self._close()
+
+    def on_error(self, trainer: Trainer) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.stop()
-        assert self.log is not None
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
 
     def _line(self, trainer: Trainer, record: Record) -> None:
-        width = len(str(trainer.experiment.training.train_iters))
+        wanted = trainer.experiment.training.train_iters
         line = (
-            f"step {record['iteration']:>{width}}/{trainer.experiment.training.train_iters}  "
-            f"{self._numbers(record)}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.3f}"
+            f"step {record['iteration']:>{len(str(wanted))}}/{wanted}  "
+            f"{_numbers(record)}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.3f}"
         )
         if "skipped" in record:
             line += f"  skipped: {record['skipped']}"
@@ -75,8 +85,18 @@ class ProgressBar(Callback):
         print(line, file=self.log, flush=True)
         if self.bar is None:
             print(line, flush=True)
+        self.lines += 1
 
-    def _numbers(self, record: Record) -> str:
-        loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
-        held_out = "" if self.eval_loss is None else f"  held-out {self.eval_loss:.4f}"
-        return f"loss {loss}{held_out}  {record['tokens_per_second']:,.0f} tokens/s"
+
+class _Console(Console):
+    """Leaves the cursor visible: a rank that is killed could not bring it back."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+def _numbers(record: Record) -> str:
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+    held_out = record.get("eval/loss")
+    held_out_text = "" if held_out is None else f"  held-out {held_out:.4f}"
+    return f"loss {loss}{held_out_text}  {record['tokens_per_second']:,.0f} tokens/s"
