@@ -103,8 +103,8 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
 def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
-    Where some tokens are no targets it gets a `padding_mask` [b, s], true there; looked for on the host, so
-    that no GPU has to be waited for.
+    It also gets `num_targets` [], the targets of the whole sequences, and where some tokens are none a
+    `padding_mask` [b, s], true there; both are found on the host, so that no GPU has to be waited for.
     """
     from megatron.core import parallel_state
     from megatron.core.utils import get_batch_on_this_cp_rank
@@ -112,7 +112,7 @@ def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str
     if not bool(batch["loss_mask"].all()):
         batch = {**batch, "padding_mask": batch["loss_mask"] == 0}
     on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    if parallel_state.get_context_parallel_world_size() == 1:
-        return on_device
-    mine: dict[str, Tensor] = get_batch_on_this_cp_rank(on_device)
-    return mine
+    mine: dict[str, Tensor] = on_device
+    if parallel_state.get_context_parallel_world_size() > 1:
+        mine = get_batch_on_this_cp_rank(on_device)
+    return {**mine, "num_targets": batch["loss_mask"].sum().to(torch.int).to(device, non_blocking=True)}

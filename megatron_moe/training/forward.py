@@ -19,7 +19,8 @@ def forward_step(
 
     A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target
     (padding, prompt); where there are such, also padding_mask [b, s], true for them. They count neither in
-    the loss nor in the router's losses and statistics.
+    the loss nor in the router's losses and statistics. `num_targets` [] counts the targets of the whole
+    sequences, of which a context-parallel rank has a part.
     """
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
@@ -31,15 +32,19 @@ def forward_step(
         labels=batch["labels"],
         **padding,
     )
-    return output, partial(_loss, batch["loss_mask"])
+    return output, partial(_loss, batch["loss_mask"], batch["num_targets"])
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the token losses, number of targets, and a report [2] of both for the metrics.
+def _loss(loss_mask: Tensor, num_targets: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What to sum, what to divide the sum by, and a report [2] of token losses and targets for the metrics.
 
-    Megatron-Core divides the sum by the targets and the microbatches, in place: the report is a copy.
+    Megatron-Core divides by the targets and the microbatches, in place: the report is a copy. And it takes
+    the mean over context-parallel ranks, where the sum is meant: each has other tokens of the same sequences,
+    and with padding not as many as the others.
     """
+    from megatron.core import parallel_state
+
     mask = loss_mask.reshape(-1).float()
     total = (losses.float().reshape(-1) * mask).sum()
-    targets = mask.sum()
-    return total, targets.to(torch.int), torch.stack([total.detach().double(), targets.double()])
+    report = torch.stack([total.detach().double(), mask.sum().double()])
+    return total * parallel_state.get_context_parallel_world_size(), num_targets, report
