@@ -152,8 +152,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "Train a few steps under the experiment's layout, and again in one process from the same weights\n"
         "and batches, and compare losses, gradients and updated weights. Exit code 1 if they differ.\n\n"
         "The tolerance X holds for loss, gradient norm and every tensor's gradient at the first step. Adam\n"
-        "makes rounding grow: updates, and the gradients after them, may differ by sqrt(X), later losses and\n"
-        "gradient norms by 10 X. In bf16 only the first step is held against X. Dropout is switched off.",
+        "makes rounding grow: updates, and the gradients after them, may differ by sqrt(X), later losses\n"
+        "and gradient norms by 10 X. In bf16 only the first step is held against X. Dropout is off.",
         f"{PROGRAM} verify configs/quickstart.yaml --steps 3",
     )
     _add_config(parser)

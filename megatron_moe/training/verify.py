@@ -11,10 +11,9 @@ switched off: what it draws depends on the layout by nature.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -25,7 +24,7 @@ from megatron_moe.training import verify_differences as differences
 from megatron_moe.training.build import start
 from megatron_moe.training.callback import Record
 from megatron_moe.training.trainer import Trainer
-from megatron_moe.training.verify_report import Report, Step, Tolerances, print_report
+from megatron_moe.training.verify_report import Report, Step, Tolerances, announcement, print_report
 
 _RECORDS = "records.json"
 
@@ -42,7 +41,10 @@ def run_part(folder: Path, part: str, experiment: Experiment, steps: int, tolera
         1 where `reference` finds a larger difference, else 0. Raises InputError.
     """
     experiment, switched_off = without_draws(experiment)
-    trainer = start(experiment, plan.make(experiment), folder / part)
+    its_plan = plan.make(experiment)
+    if part == "layout" and os.environ.get("RANK", "0") == "0":
+        print(announcement(experiment.name, its_plan.layout, steps), flush=True)
+    trainer = start(experiment, its_plan, folder / part)
     if part == "layout":
         record(trainer, steps, folder)
         groups.shutdown()
@@ -87,7 +89,7 @@ def record(trainer: Trainer, steps: int, folder: Path) -> None:
 
     _train(trainer, steps, write_gradients, write_weights)
     if dist.get_rank() == 0:
-        (folder / _RECORDS).write_text(json.dumps({"layout": asdict(trainer.plan.layout), "steps": records}))
+        (folder / _RECORDS).write_text(json.dumps(records))
     dist.barrier()
 
 
@@ -96,7 +98,7 @@ def compare(trainer: Trainer, steps: int, folder: Path, tolerance: float | None)
     assert dist.get_world_size() == 1
     checkpoint.load_weights(folder / "weights", trainer.chunks)
     trainer.optimizer.reload_model_params()
-    recorded: dict[str, Any] = json.loads((folder / _RECORDS).read_text())
+    recorded: list[Record] = json.loads((folder / _RECORDS).read_text())
     dtype = next(trainer.chunks[0].parameters()).dtype
     weights = differences.whole(pieces.of_weights(trainer.chunks))
     at_start = differences.worst(pieces.read(_at(folder, 0, "weights")), weights)
@@ -115,11 +117,11 @@ def compare(trainer: Trainer, steps: int, folder: Path, tolerance: float | None)
             pieces.read(_at(folder, step - 1, "weights")), pieces.read(_at(folder, step, "weights"))
         )
         worst_update = differences.worst(theirs, mine)
-        compared.append(Step.of(step, recorded["steps"][step - 1], done, worst_gradient[-1], worst_update))
+        compared.append(Step.of(step, recorded[step - 1], done, worst_gradient[-1], worst_update))
 
     _train(trainer, steps, compare_gradients, compare_step)
     allowed = Tolerances.of(dtype, tolerance)
-    return Report(trainer.experiment.name, recorded["layout"], dtype, at_start, compared, allowed)
+    return Report(dtype, at_start, compared, allowed)
 
 
 def _train(

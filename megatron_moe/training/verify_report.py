@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from megatron_moe.plan.layout import Layout
+from megatron_moe.plan.wording import plural
 from megatron_moe.training.callback import Record
 from megatron_moe.training.verify_differences import FLOOR, Worst
 
@@ -51,7 +53,7 @@ class Tolerances:
         return cls(5e-2 if tolerance is None else tolerance, math.inf, math.inf)
 
     def __str__(self) -> str:
-        first = f"Allowed at step 1: {self.first:.0e}"
+        first = f"allowed at step 1: {self.first:.0e}"
         if math.isinf(self.later):
             return f"{first}; all else is only shown. With training.precision=fp32 the check is sharp."
         return (
@@ -101,12 +103,9 @@ class Report:
     """All that `verify` found.
 
     Attributes:
-        layout: sizes of the parallel axes.
-        at_start: the weight whose copies differ most before the first step, where none may differ at all.
+        at_start: the weight that differs most before the first step, where no copy may differ at all.
     """
 
-    name: str
-    layout: Mapping[str, int]
     dtype: torch.dtype
     at_start: Worst
     steps: list[Step]
@@ -117,7 +116,7 @@ class Report:
         """A phrase for each difference that is too large, the earliest first."""
         found = [phrase for step in self.steps for phrase in step.failures(self.allowed)]
         if self.at_start.difference != 0:
-            found.insert(0, f"before step 1: copies of {_named(self.at_start)} are not the same on all ranks")
+            found.insert(0, f"before step 1: {_named(self.at_start)} is not what the ranks saved")
         return found
 
     @property
@@ -125,11 +124,16 @@ class Report:
         return not self.failures
 
 
+def announcement(name: str, layout: Layout, steps: int) -> str:
+    """What is going to be compared."""
+    axes = ", ".join(f"{_SHORT[key]} {size}" for key, size in asdict(layout).items() if size > 1)
+    ranks = f"{plural(layout.world_size, 'rank')} ({axes})" if axes else "one rank"
+    return f"{name}: {plural(steps, 'step')} on {ranks}, then in one process"
+
+
 def print_report(report: Report, switched_off: list[str]) -> None:
     """The table, the worst tensors, and what to think of it."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    precision = str(report.dtype).removeprefix("torch.")
-    console.print(f"\n{report.name}: {_layout_text(report.layout)} against one process, {precision}")
     if switched_off:
         console.print(f"Without {' and '.join(switched_off)}: what they draw depends on the layout.")
     Console(highlight=False).print(_table(report))
@@ -140,7 +144,8 @@ def print_report(report: Report, switched_off: list[str]) -> None:
     console.print(
         f"A tensor with less than {FLOOR:g} of the norm of all is held against that instead of its own norm."
     )
-    console.print(str(report.allowed))
+    precision = str(report.dtype).removeprefix("torch.")
+    console.print(f"In {precision} {report.allowed}")
     for phrase in report.failures:
         console.print(phrase, style="red")
     if report.passed:
@@ -163,10 +168,6 @@ def _table(report: Report) -> Table:
             *(f"{difference:.1e}" for difference in differences),
         )
     return table
-
-
-def _layout_text(layout: Mapping[str, int]) -> str:
-    return ", ".join(f"{_SHORT[key]} {layout[key]}" for key in _SHORT if layout[key] > 1) or "one rank"
 
 
 def _named(worst: Worst) -> str:

@@ -1,0 +1,171 @@
+"""Every layout computes what one process computes, and `verify` sees it where one does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import verify_on_ranks as on_ranks
+from distributed import ranks
+from experiments import MOE, experiment, layout
+
+from megatron_moe.plan import plan
+from megatron_moe.training.verify import without_draws
+from megatron_moe.training.verify_report import Report
+
+TIED = {"untie_embeddings_and_output_weights": False}
+UNEVEN = {"pipeline": {"layers_per_stage": [3, 1]}, "recompute": {"layers_per_stage": [2, 0]}}
+
+
+def verify(
+    folder: Path,
+    parallel: dict[str, Any],
+    steps: int = 1,
+    fault: on_ranks.Change | None = None,
+    padded: bool = False,
+    **sections: Any,
+) -> Report:
+    """Both parts, as the command runs them."""
+    of_layout = {key: sections.pop(key) for key in ("pipeline", "recompute") if key in sections}
+    under_layout = experiment(parallel=parallel, **of_layout, **sections)
+    alone = experiment(parallel=layout(dp=1, expert_model_parallel_size=1), **sections)
+    change = on_ranks.pad if padded else fault
+    pool = ranks(plan.make(under_layout).layout.world_size)
+    pool.run(on_ranks.layout_part, under_layout, steps, folder, change)
+    (report,) = ranks(1).run(
+        on_ranks.reference_part, alone, steps, folder, None, on_ranks.pad if padded else None
+    )
+    return report
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2 dense": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
+    "TP2 SP dense": {"moe": None, "parallel": layout(tp=2)},
+    "PP2": {"parallel": layout(pp=2)},
+    "PP2 uneven": {"parallel": layout(pp=2), **UNEVEN},
+    "PP2 VPP2": {"parallel": layout(pp=2, vpp=2)},
+    "PP2 DP2 tied embeddings": {"parallel": layout(pp=2, dp=2), "model": TIED},
+    "PP2 EP2, no experts in the last stage": {
+        "parallel": layout(pp=2, dp=2, expert_model_parallel_size=2),
+        "moe": {**MOE, "moe_layer_freq": [1, 1, 0, 0]},
+    },
+    "DP2": {"parallel": layout(dp=2)},
+    "EP2": {"parallel": layout(dp=2, expert_model_parallel_size=2)},
+    "CP2": {"parallel": layout(cp=2)},
+    "TP2 EP1": {"parallel": layout(tp=2, expert_model_parallel_size=1)},
+    "ETP2": {"parallel": layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2)},
+    "TP2 DP2 EP4": {"parallel": layout(tp=2, dp=2, expert_model_parallel_size=4)},
+    "EDP, shared experts, allgather": {
+        "parallel": layout(tp=2),
+        "moe": {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "allgather"},
+    },
+    "EDP with drops": {"parallel": layout(tp=2), "moe": {**MOE, "moe_expert_capacity_factor": 1.0}},
+    "EP2 with drops": {
+        "parallel": layout(dp=2, expert_model_parallel_size=2),
+        "moe": {**MOE, "moe_expert_capacity_factor": 1.0},
+    },
+    "TP2 with norms of queries and keys": {
+        "parallel": layout(tp=2, sequence_parallel=False),
+        "moe": None,
+        "model": {"megatron_core": {"qk_layernorm": True}},
+    },
+    "TP2 PP2 LayerNorm, gelu, learned positions": {
+        "parallel": layout(tp=2, pp=2),
+        "model": {
+            "normalization": "LayerNorm",
+            "activation": "gelu",
+            "position_embedding_type": "learned_absolute",
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("sections", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_computes_what_one_process_computes(tmp_path: Path, sections: dict[str, Any]) -> None:
+    report = verify(tmp_path, **sections)
+    assert report.failures == []
+
+
+@pytest.mark.second_pair
+@pytest.mark.parametrize("parallel", [layout(tp=2), layout(tp=2, pp=2)], ids=["EDP", "EDP PP2"])
+def test_later_steps_agree_too(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    report = verify(tmp_path, parallel, steps=3)
+    assert report.failures == []
+    assert [step.number for step in report.steps] == [1, 2, 3]
+    assert len({step.loss for step in report.steps}) == 3
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [layout(tp=2), layout(cp=2), layout(dp=2), layout(pp=2)],
+    ids=["EDP", "CP2", "DP2", "PP2"],
+)
+def test_padding_counts_the_same_in_every_layout(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    assert verify(tmp_path, parallel, padded=True).failures == []
+
+
+def test_bf16_is_held_at_the_first_step(tmp_path: Path) -> None:
+    report = verify(tmp_path, layout(tp=2), steps=2, training={"precision": "bf16"})
+    assert report.failures == []
+    assert report.steps[0].gradients.difference > 1e-5, "bf16 rounds"
+
+
+@pytest.mark.second_pair
+def test_a_doubled_gradient_is_found_and_its_expert_named(tmp_path: Path) -> None:
+    report = verify(tmp_path, layout(tp=2), fault=on_ranks.double_an_experts_gradient)
+    worst = report.steps[0].gradients
+    assert worst.name == "decoder.layers.2.mlp.experts.experts.linear_fc2.weight[expert 3]"
+    assert worst.difference == pytest.approx(1.0, rel=1e-4)
+    assert worst.rank == 1
+    assert any(worst.name in failure for failure in report.failures)
+
+
+@pytest.mark.parametrize(
+    ("fault", "moe", "name"),
+    [
+        (
+            on_ranks.keep_a_norms_gradient_apart,
+            None,
+            "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight",
+        ),
+        (on_ranks.keep_a_routers_gradient_apart, MOE, "decoder.layers.1.mlp.router.weight"),
+    ],
+    ids=["norm", "router"],
+)
+def test_a_gradient_that_is_not_summed_is_found_and_named(
+    tmp_path: Path, fault: on_ranks.Change, moe: dict[str, Any] | None, name: str
+) -> None:
+    report = verify(tmp_path, layout(tp=2), fault=fault, moe=moe)
+    assert report.steps[0].gradients.name == name
+    assert report.steps[0].gradients.difference > 0.1
+    assert not report.passed
+
+
+def test_a_router_that_differs_between_ranks_is_found_before_the_first_step(tmp_path: Path) -> None:
+    report = verify(tmp_path, layout(tp=2), fault=on_ranks.change_one_ranks_router)
+    assert (report.at_start.name, report.at_start.rank) == ("decoder.layers.1.mlp.router.weight", 1)
+    assert "before step 1: decoder.layers.1.mlp.router.weight (rank 1)" in report.failures[0]
+    assert not report.steps[0].gradients.difference < 1e-3, "and its consequences show"
+
+
+def test_a_reduction_left_out_is_found_in_the_loss(tmp_path: Path) -> None:
+    parallel = layout(tp=2, sequence_parallel=False)
+    report = verify(tmp_path, parallel, fault=on_ranks.leave_out_a_reduction, moe=None)
+    assert report.failures[0].startswith("step 1: the loss differs by ")
+
+
+def test_a_wrong_update_of_right_gradients_is_found(tmp_path: Path) -> None:
+    report = verify(tmp_path, layout(tp=2), fault=on_ranks.decay_one_ranks_weights_more)
+    step = report.steps[0]
+    assert step.gradients.difference < 1e-5
+    assert step.updates.rank == 1
+    assert report.failures == [failure for failure in report.failures if "the update of" in failure] != []
+
+
+def test_what_draws_random_numbers_is_switched_off_and_named() -> None:
+    changed, names = without_draws(
+        experiment(model={"hidden_dropout": 0.1, "megatron_core": {"moe_input_jitter_eps": 0.01}})
+    )
+    assert (changed.model.hidden_dropout, changed.model.megatron_core) == (0.0, {})
+    assert names == ["model.hidden_dropout", "model.megatron_core.moe_input_jitter_eps"]
