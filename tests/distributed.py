@@ -8,6 +8,7 @@ every test may build a layout of its own.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -127,7 +128,18 @@ def _serve(pipe: Connection, rank: int, world_size: int, port: int, path: list[s
         except BaseException as error:
             pipe.send((type(error).__name__, traceback.format_exc()))
         finally:
+            _forget_models()
             groups.destroy()
+
+
+def _forget_models() -> None:
+    """Take models apart, which cycles through autograd's graph keep alive, and with them their groups'
+    threads."""
+    from megatron.core.transformer.module import MegatronModule
+
+    for thing in gc.get_objects():
+        if issubclass(type(thing), MegatronModule):
+            thing.__dict__.clear()
 
 
 REPOSITORY = Path(__file__).parent.parent

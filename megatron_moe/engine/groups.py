@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,9 @@ import torch.distributed as dist
 
 from megatron_moe.engine.device import Device
 from megatron_moe.plan.layout import Layout
+
+_SEED_STRIDE = 1_000_003
+"""Wider than what Megatron-Core adds to a seed for its tensor-parallel and expert ranks."""
 
 
 def initialize_process_group(device: Device, timeout_s: int) -> None:
@@ -30,6 +34,10 @@ def initialize_process_group(device: Device, timeout_s: int) -> None:
 def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None:
     """Build Megatron-Core's groups for `layout` and seed this rank's random states.
 
+    The tensor-parallel ranks of a replica share the default state and have one each in Megatron-Core's
+    tracker; replicas, context-parallel ranks and pipeline ranks have states of their own, so that no two drop
+    alike. Only dropout and other noise depend on them: weights are drawn by name (`model.initialization`).
+
     The process group must exist and have `layout.world_size` ranks.
     """
     from megatron.core import parallel_state, tensor_parallel
@@ -44,18 +52,36 @@ def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=max(1, timeout_s // 60),
-        # The optimizer's resharding checkpoint gathers over gloo groups also where NCCL is the backend.
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=gloo_beside_nccl(),
     )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    own_seed = seed + _SEED_STRIDE * (parallel_state.get_pipeline_model_parallel_rank() * replicas + replica)
+    torch.manual_seed(own_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(own_seed)
+
+
+def gloo_beside_nccl() -> bool:
+    """Whether data-parallel groups have a second group over gloo, on which a save gathers the optimizer's
+    state in host memory. Where gloo is the backend a second one would only cost threads."""
+    return dist.get_backend() == "nccl"
 
 
 def destroy() -> None:
-    """Leave every group, so that another layout can be built in the same processes."""
+    """Leave every group but the world's, so that another layout can be built in the same processes."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # Megatron-Core only forgets most of them, and each keeps threads and connections.
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+    # Megatron-Core only forgets its groups; each still has threads that listen to every other rank.
+    world = dist.distributed_c10d._world
+    for group in list(world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def shutdown() -> None:
