@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_moe.engine.groups import gloo_beside_nccl
 from megatron_moe.engine.versions import write_checkpoints_in_process
 
 METADATA = {
@@ -140,7 +141,11 @@ def _load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> 
 def _metadata() -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    return {**METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {
+        **METADATA,
+        "distrib_optim_fully_reshardable_mem_efficient": gloo_beside_nccl(),
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
 
 
 def _save_strategy() -> Any:

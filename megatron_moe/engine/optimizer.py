@@ -9,6 +9,7 @@ import torch
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.adam import FusedAdam
+from megatron_moe.engine.groups import gloo_beside_nccl
 
 
 def wrap_data_parallel(config: Any, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -60,7 +61,9 @@ def build_optimizer(experiment: Experiment, chunks: list[torch.nn.Module], dtype
         use_distributed_optimizer=True,
         log_num_zeros_in_grad=False,
     )
-    return megatron_optimizer.get_megatron_optimizer(config, chunks)
+    return megatron_optimizer.get_megatron_optimizer(
+        config, chunks, use_gloo_process_groups=gloo_beside_nccl()
+    )
 
 
 def build_scheduler(experiment: Experiment, optimizer: Any) -> Any:
