@@ -137,9 +137,9 @@ def _forget_models() -> None:
     threads."""
     from megatron.core.transformer.module import MegatronModule
 
-    for thing in gc.get_objects():
-        if issubclass(type(thing), MegatronModule):
-            thing.__dict__.clear()
+    models = [thing for thing in gc.get_objects() if issubclass(type(thing), MegatronModule)]
+    for module in {module for model in models for module in model.modules()}:
+        module.__dict__.clear()
 
 
 REPOSITORY = Path(__file__).parent.parent
