@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from megatron_moe.engine.checkpoint import unwrap
 from megatron_moe.engine.optimizer import build_scheduler
 from megatron_moe.model.gpt import padded_vocab_size
 from megatron_moe.model.norms import Norm
@@ -93,7 +94,7 @@ def plain_loop(trainer: Trainer) -> Loop:
         rotary_percent=experiment.model.rotary_percent,
         rotary_base=int(experiment.model.rotary_base),
     )
-    _copy_weights(dict(ours.module.named_parameters()), model)
+    _copy_weights(dict(unwrap(ours).named_parameters()), model)
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     wrapped = DistributedDataParallel(config, settings, model)
     optimizer = _optimizer(trainer, wrapped)
@@ -124,10 +125,10 @@ def _copy_weights(ours: dict[str, torch.nn.Parameter], model: torch.nn.Module) -
 
 def _optimizer(trainer: Trainer, model: torch.nn.Module) -> Any:
     """With torch.optim.AdamW, Megatron-Core's own choice; the package has put its own Adam in the place."""
-    theirs = {"Adam": torch.optim.AdamW}
+    adam = torch.optim.AdamW
     with (
-        mock.patch.multiple(megatron_optimizer, USING_PYTORCH_OPTIMIZER=True, **theirs),
-        mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=False, **theirs),
+        mock.patch.multiple(megatron_optimizer, USING_PYTORCH_OPTIMIZER=True, Adam=adam),
+        mock.patch.multiple(distrib_optimizer, HAVE_APEX_OR_TE=False, Adam=adam),
     ):
         config = trainer.optimizer.chained_optimizers[0].config
         return megatron_optimizer.get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
