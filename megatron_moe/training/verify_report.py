@@ -139,8 +139,8 @@ def print_report(report: Report, switched_off: list[str]) -> None:
     Console(highlight=False).print(_table(report))
     console.print("Worst tensors, ||x - x_ref|| / ||x_ref||:")
     for step in report.steps:
-        console.print(f"  step {step.number}  gradient  {_named(step.gradients)}")
-        console.print(f"          update    {_named(step.updates)}")
+        console.print(f"  step {step.number}  gradient  {_shown(step.gradients)}")
+        console.print(f"          update    {_shown(step.updates)}")
     console.print(
         f"A tensor with less than {FLOOR:g} of the norm of all is held against that instead of its own norm."
     )
@@ -168,6 +168,10 @@ def _table(report: Report) -> Table:
             *(f"{difference:.1e}" for difference in differences),
         )
     return table
+
+
+def _shown(worst: Worst) -> str:
+    return _named(worst) if worst.difference else "none, all are equal to the last bit"
 
 
 def _named(worst: Worst) -> str:
