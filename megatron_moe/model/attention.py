@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -17,6 +18,10 @@ class CoreAttention(torch.nn.Module):
     knows no context parallelism. Under context parallelism each rank holds two chunks of the sequence, r and
     2 CP - 1 - r (Megatron-Core's zig-zag split, which balances the causal work); keys and values are gathered
     over the group and masked by position.
+
+    Under tensor parallelism each rank drops attention of its own heads, so that it draws from the
+    tensor-parallel random state (Megatron-Core runs the whole block in that state under sequence parallelism,
+    and only there).
 
     Args: as Megatron-Core's core attention builders.
 
@@ -37,7 +42,7 @@ class CoreAttention(torch.nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.sequence_parallel = config.sequence_parallel
         self.context_group: Any = pg_collection.cp if pg_collection is not None else None
@@ -61,17 +66,28 @@ class CoreAttention(torch.nn.Module):
             mask = self._causal_mask(query.size(0), query.device)
         # [s, b, n, d] -> [b, n, s, d]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=q.size(1) != k.size(1),
-        )
+        dropout = self.dropout if self.training else 0.0
+        with self._random_state(dropout):
+            context = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        """Where dropout is drawn from, if there is any."""
+        if dropout == 0.0 or self.sequence_parallel:
+            return contextlib.nullcontext()
+        from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+        state: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return state
 
     def _gather(self, x: Tensor) -> Tensor:
         """[s / CP, ...] of each rank -> [s, ...] in the order of the ranks' chunks."""

@@ -13,7 +13,8 @@ class Norm(torch.nn.Module):
 
     Under sequence parallelism each tensor-parallel rank sees a part of the sequence; the mark
     `sequence_parallel` on the parameters makes Megatron-Core sum their gradients over the tensor-parallel
-    group. Its own wrapper refuses that case.
+    group. Its own wrapper refuses that case. The result has the parameters' dtype, also where the residual
+    stream is kept in float32.
 
     Args:
         config: TransformerConfig.
@@ -36,6 +37,10 @@ class Norm(torch.nn.Module):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        weight = self.weight.to(hidden_states.dtype)
         if self.bias is None:
-            return torch.nn.functional.rms_norm(hidden_states, self.shape, self.weight, self.eps)
-        return torch.nn.functional.layer_norm(hidden_states, self.shape, self.weight, self.bias, self.eps)
+            normed = torch.nn.functional.rms_norm(hidden_states, self.shape, weight, self.eps)
+        else:
+            bias = self.bias.to(hidden_states.dtype)
+            normed = torch.nn.functional.layer_norm(hidden_states, self.shape, weight, bias, self.eps)
+        return normed.to(self.weight.dtype)

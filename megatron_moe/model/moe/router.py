@@ -11,6 +11,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_moe.model.moe.capacity import sequence_order, within_capacity
 from megatron_moe.model.moe.statistics import RoutingStatistics
 
 
@@ -21,14 +22,16 @@ class Router(TopKRouter):
     Megatron-Core's; ours are:
 
     - the padding mask reaches it on every pipeline stage and under sequence parallelism (Megatron-Core shards
-      it only on the first stage);
+      it only on the first stage); true means padding, as in Megatron-Core's code, not its docstrings;
     - the z-loss of a microbatch with padding does not depend on the layout;
-    - with a capacity factor the drops are decided over the replica's whole microbatch, so that the layout
-      does not change them (Megatron-Core decides over each rank's tokens);
+    - with a capacity factor the drops are decided over the replica's whole microbatch in the order of its
+      tokens, so that the layout does not change them (Megatron-Core decides over each rank's tokens);
     - what was routed and dropped is counted, once a microbatch, also under recompute.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        # Megatron-Core 0.16 scales the losses of routers wrongly there under TP.
+        assert not config.calculate_per_token_loss, "the routers' losses are means over microbatches"
         self.capacity_factor = config.moe_expert_capacity_factor
         without_drops = copy.copy(config)
         without_drops.moe_expert_capacity_factor = None
@@ -40,8 +43,8 @@ class Router(TopKRouter):
     ) -> tuple[Tensor, Tensor]:
         """Args:
             logits: [s, b, e] of this rank's tokens.
-            padding_mask: [s, b], true where a token is padding; of this rank's tokens or of the whole
-                microbatch.
+            padding_mask: [s, b], true where a token is padding; of this rank's tokens or of all tokens of its
+                tensor-parallel group. Either all ranks of a microbatch have one, or none.
 
         Returns:
             gate weights [s * b, e] and the routing map [s * b, e] bool.
@@ -49,15 +52,23 @@ class Router(TopKRouter):
         if padding_mask is not None:
             padding_mask = self._of_this_rank(padding_mask, logits.size(0))
         probs, routed = super().routing(logits, padding_mask=padding_mask, **kwargs)
+        valid = None if padding_mask is None else ~padding_mask.reshape(-1)
         kept = routed
         if self.capacity_factor is not None:
-            kept = self._within_capacity(probs, routed)
+            kept = self._within_capacity(probs, routed, valid, logits.shape)
             probs = probs * kept
         # Recompute runs this twice, first without gradients; evaluation never has them.
         if self.training and torch.is_grad_enabled():
-            valid = None if padding_mask is None else ~padding_mask.reshape(-1)
-            self.statistics.record(logits.view(-1, logits.size(-1)), routed, kept, valid)
+            tokens = logits.view(-1, logits.size(-1))
+            self.statistics.record(tokens, routed, kept, valid, sigmoid=self.score_function == "sigmoid")
         return probs, kept
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Attach this rank's share of a microbatch's balancing loss; what is logged comes from
+        `statistics`."""
+        return moe_utils.MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Attach the z-loss coeff * mean(logsumexp(logits)^2) (ST-MoE, eq. 5) over the tokens of all TP x CP
@@ -80,30 +91,39 @@ class Router(TopKRouter):
         loss = self.config.moe_z_loss_coeff * squares.sum() / count.clamp(min=1.0)
         return moe_utils.MoEAuxLossAutoScaler.apply(logits, loss)
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        # Megatron-Core combines the map [t, e] with a mask [t].
+        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask[:, None])
+
     def _of_this_rank(self, padding_mask: Tensor, length: int) -> Tensor:
         if padding_mask.size(0) == length:
             return padding_mask
         return padding_mask.chunk(self.tp_group.size(), dim=0)[self.tp_group.rank()]
 
     @torch.no_grad()
-    def _within_capacity(self, probs: Tensor, routed: Tensor) -> Tensor:
-        """[t, e] bool: the assignments that their expert still has room for, over the tokens of all TP x CP
+    def _within_capacity(
+        self, probs: Tensor, routed: Tensor, valid: Tensor | None, shape: torch.Size
+    ) -> Tensor:
+        """[t, e] bool: the assignments that their expert has room for, among the tokens of all TP x CP
         ranks."""
         group = self.tp_cp_group
-        mine = slice(group.rank() * probs.size(0), (group.rank() + 1) * probs.size(0))
-        gathered = moe_utils.apply_router_token_dropping(
-            _all_gather(probs, group),
-            _all_gather(routed, group),
-            router_topk=self.topk,
-            capacity_factor=self.capacity_factor,
-            drop_policy=self.config.moe_token_drop_policy,
-            pad_to_capacity=False,
-        )[1]
-        return gathered[mine].bool()
+        # Row i of what the ranks hold one after the other is row order[i] of the microbatch.
+        order = sequence_order(self.tp_group.size(), self.cp_group.size(), shape[0], shape[1], probs.device)
+        from_ranks = order.argsort()
+        kept = within_capacity(
+            _all_gather(probs, group)[from_ranks],
+            _all_gather(routed, group)[from_ranks],
+            None if valid is None else _all_gather(valid, group)[from_ranks],
+            self.topk,
+            self.capacity_factor,
+            self.config.moe_token_drop_policy,
+        )
+        mine = order[group.rank() * len(probs) : (group.rank() + 1) * len(probs)]
+        return kept[mine]
 
 
 def _all_gather(x: Tensor, group: Any) -> Tensor:
     """[n, ..] of each rank -> [ranks * n, ..]."""
-    parts = [torch.empty_like(x) for _ in range(group.size())]
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
     torch.distributed.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts)
