@@ -19,13 +19,20 @@ from torch import Tensor
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.stages import Stage
 
-RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2)(\.weight)?$")
+RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2)(\.weight\d*)?$")
 """Projections back into the residual stream, scaled down by depth (GPT-2, sec. 2.3)."""
+
+EXPERTS = re.compile(r"(.*\.experts\.linear_fc[12])(?:\.weight(\d+))?$")
+"""The routed experts' weights: all local experts in one parameter, or with Transformer Engine's blocks one
+each."""
 
 
 @torch.no_grad()
 def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> None:
-    """Draw every weight of `chunk` in place: normal(0, init_method_std); norms 1; biases 0.
+    """Draw every weight of `chunk` in place: normal(0, std); norms 1; biases 0.
+
+    std is `model.init_method_std`, over sqrt(2 num_layers) for projections into the residual stream, and for
+    the embeddings `model.megatron_core.embedding_init_method_std` where it is given.
 
     Args:
         chunk: a GPTModel whose layers are those of `stage`.
@@ -35,13 +42,14 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
+        name = _global_name(name, stage, not model.untie_embeddings_and_output_weights)
         std = model.init_method_std / (math.sqrt(2 * model.num_layers) if RESIDUAL.search(name) else 1.0)
+        if name.startswith("embedding."):
+            std = model.megatron_core.get("embedding_init_method_std") or std
         # Gate and up-projection lie one behind the other, and each is cut.
         blocks = 2 if "linear_fc1" in name and model.activation in ("swiglu", "geglu") else 1
-        for piece, piece_name in _pieces(
-            _global_name(name, stage, not model.untie_embeddings_and_output_weights), parameter
-        ):
-            full_shape, part = _part_of_this_rank(parameter, piece.shape, blocks)
+        for piece, piece_name in _pieces(name, parameter, experiment):
+            full_shape, part = _part_of_this_rank(name, parameter, piece.shape, blocks)
             generator = torch.Generator().manual_seed(_seed(experiment.training.seed, piece_name))
             full = torch.empty(full_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
             piece.copy_(part(full))
@@ -56,39 +64,42 @@ def _global_name(name: str, stage: Stage, tied: bool) -> str:
     return f"decoder.layers.{stage.layers[int(match[1])]}.{match[2]}" if match else name
 
 
-def _pieces(name: str, parameter: Tensor) -> Iterator[tuple[Tensor, str]]:
+def _pieces(name: str, parameter: Tensor, experiment: Experiment) -> Iterator[tuple[Tensor, str]]:
     """Each separately seeded matrix inside a parameter: the local experts one by one, else the parameter
     itself."""
-    if ".experts." not in name or parameter.dim() != 3:
+    experts = EXPERTS.match(name)
+    if experts is None:
         yield parameter, name
         return
     from megatron.core import parallel_state
 
-    first = parallel_state.get_expert_model_parallel_rank() * parameter.size(0)
-    for index in range(parameter.size(0)):
-        yield parameter[index], f"{name}.{first + index}"
+    assert experiment.moe is not None
+    local = experiment.moe.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+    first = local * parallel_state.get_expert_model_parallel_rank()
+    if experts[2] is not None:
+        yield parameter, f"{experts[1]}.{first + int(experts[2])}"
+        return
+    for index, piece in enumerate(parameter):
+        yield piece, f"{experts[1]}.{first + index}"
 
 
 def _part_of_this_rank(
-    parameter: Tensor, shape: torch.Size, blocks: int
+    name: str, parameter: Tensor, shape: torch.Size, blocks: int
 ) -> tuple[list[int], Callable[[Tensor], Tensor]]:
     """The shape of the full matrix, and the function that cuts this tensor-parallel rank's part out of it."""
     from megatron.core import parallel_state
 
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return list(shape), lambda full: full
-    if getattr(parameter, "allreduce", True):
-        rank, size = (
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        )
+    if EXPERTS.match(name):
+        # Transformer Engine's experts carry no mark of the cut.
+        dim = 0 if "linear_fc1" in name else 1
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+    elif getattr(parameter, "tensor_model_parallel", False):
+        dim = parameter.partition_dim  # type: ignore[attr-defined]
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        size = parallel_state.get_tensor_model_parallel_world_size()
     else:
-        rank, size = (
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        )
-    # A stacked parameter [e, out, in] is cut along the dimension of the single matrix.
-    dim = parameter.partition_dim - (parameter.dim() - len(shape))  # type: ignore[attr-defined]
+        return list(shape), lambda full: full
     full_shape = list(shape)
     full_shape[dim] *= size
 

@@ -15,23 +15,16 @@ def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
     """Megatron-Core's block spec with one layer spec for each layer of `stage`, dense or MoE."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+    norm: Any = Norm
+    make = native_layer_spec
     if experiment.model.spec == "transformer_engine":
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-        from megatron.core.transformer.custom_layers.transformer_engine import TENorm
+        from megatron.core.extensions.transformer_engine import TENorm
 
-        make, norm = get_gpt_layer_with_transformer_engine_spec, TENorm
-        arguments: dict[str, Any] = {"qk_layernorm": config.qk_layernorm}
-        dense = make(**arguments)
-        moe = (
-            make(num_experts=config.num_moe_experts, moe_grouped_gemm=True, **arguments)
-            if experiment.moe
-            else None
-        )
-    else:
-        norm = Norm
-        dense = native_layer_spec(config, num_experts=None)
-        moe = native_layer_spec(config, num_experts=config.num_moe_experts) if experiment.moe else None
-    if moe is not None:
+        norm, make = TENorm, transformer_engine_layer_spec
+    dense = make(config, num_experts=None)
+    moe = None
+    if experiment.moe is not None:
+        moe = make(config, num_experts=config.num_moe_experts)
         _use_our_router(moe)
     return TransformerBlockSubmodules(
         layer_specs=[moe if layer in stage.moe_layers else dense for layer in stage.layers], layer_norm=norm
@@ -39,11 +32,15 @@ def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
 
 
 def native_layer_spec(config: Any, num_experts: int | None) -> Any:
-    """A transformer layer that needs neither Transformer Engine nor apex."""
+    """A transformer layer that needs neither Transformer Engine nor apex; MoE unless `num_experts` is
+    None."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(
-        num_experts=num_experts, normalization=config.normalization, qk_layernorm=config.qk_layernorm
+        num_experts=num_experts,
+        normalization=config.normalization,
+        qk_layernorm=config.qk_layernorm,
+        qk_l2_norm=config.qk_l2_norm,
     )
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
@@ -54,13 +51,26 @@ def native_layer_spec(config: Any, num_experts: int | None) -> Any:
         parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     attention = parts.self_attention.submodules
     attention.core_attention = CoreAttention
-    if config.qk_layernorm:
+    if config.qk_layernorm and not config.qk_l2_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
     if num_experts is not None:
         from megatron_moe.model.moe.experts import Experts
 
         moe_submodules(parts.mlp).experts = Experts
     return spec
+
+
+def transformer_engine_layer_spec(config: Any, num_experts: int | None) -> Any:
+    """A transformer layer of Transformer Engine's blocks, experts as its grouped products; MoE unless
+    `num_experts` is None."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=num_experts,
+        moe_grouped_gemm=num_experts is not None,
+        qk_layernorm=config.qk_layernorm,
+        qk_l2_norm=config.qk_l2_norm,
+    )
 
 
 def _use_our_router(layer_spec: Any) -> None:

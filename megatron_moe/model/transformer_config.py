@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.plan import Plan
 
@@ -23,17 +24,28 @@ ACTIVATIONS: dict[str, tuple[Any, bool]] = {
 def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, dtype: torch.dtype) -> Any:
     """The TransformerConfig of the ranks of one pipeline rank.
 
-    Pipeline ranks may recompute different numbers of layers, so that each has a config of its own.
+    Pipeline ranks may recompute different numbers of layers, so that each has a config of its own. Raises
+    InputError where Megatron-Core refuses what `model.megatron_core` adds.
     """
     from megatron.core.transformer import TransformerConfig
 
-    return TransformerConfig(
-        **_model_fields(experiment, dtype),
-        **_moe_fields(experiment),
-        **_parallel_fields(experiment, plan),
-        **_recompute_fields(experiment, plan, pipeline_rank),
-        **experiment.model.megatron_core,
+    fields = (
+        _model_fields(experiment, dtype)
+        | _moe_fields(experiment)
+        | _parallel_fields(experiment, plan)
+        | _recompute_fields(experiment, plan, pipeline_rank)
     )
+    further = experiment.model.megatron_core
+    try:
+        return TransformerConfig(**fields, **further)
+    except (AssertionError, TypeError, ValueError) as error:
+        if not further:
+            raise
+        entries = ", ".join(f"{name}: {value}" for name, value in further.items())
+        raise InputError(
+            f"model.megatron_core ({entries}): Megatron-Core refuses this in the experiment: "
+            f"{' '.join(str(error).split()) or type(error).__name__}; change or leave out what it names"
+        ) from error
 
 
 def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:

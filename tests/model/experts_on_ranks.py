@@ -1,0 +1,130 @@
+"""Run on ranks: our experts beside Megatron-Core's SequentialMLP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.engine import groups
+from megatron_moe.engine.checkpoint import save_weights
+from megatron_moe.engine.versions import moe_submodules, repair_missing_transformer_engine
+from megatron_moe.model import gpt, layers
+from megatron_moe.model.moe.experts import Experts
+from megatron_moe.model.transformer_config import ACTIVATIONS
+from megatron_moe.plan import plan as plans
+
+
+def compute(
+    activation: str,
+    tokens: Tensor,
+    probs: Tensor,
+    sizes: list[int],
+    fc1: Tensor,
+    fc2: Tensor,
+    upstream: Tensor,
+) -> list[Tensor]:
+    """Output, and gradients of tokens, gate weights and both weights, of experts in one process."""
+    from types import SimpleNamespace
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_moe.plan.layout import Layout
+
+    groups.initialize_model_parallel(Layout(1, 1, 1, 1, 1, 1, 1), seed=1, timeout_s=60)
+    function, gated = ACTIVATIONS[activation]
+    config = SimpleNamespace(
+        gated_linear_unit=gated,
+        activation_func=function,
+        moe_ffn_hidden_size=fc2.size(2),
+        hidden_size=tokens.size(1),
+        params_dtype=tokens.dtype,
+    )
+    experts = Experts(len(sizes), config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    experts.linear_fc1.data, experts.linear_fc2.data = fc1, fc2
+    leaves = [tokens.clone().requires_grad_(), probs.clone().requires_grad_()]
+    output, bias = experts(leaves[0], torch.tensor(sizes), leaves[1])
+    assert bias is None
+    output.backward(upstream)
+    return [output.detach(), *(x.grad for x in (*leaves, experts.linear_fc1, experts.linear_fc2))]
+
+
+def with_sequential_experts() -> Any:
+    """Megatron-Core's own experts in our layers, while the context holds."""
+    ours = layers.native_layer_spec
+
+    def stock(config: Any, num_experts: int | None) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+        spec = ours(config, num_experts)
+        if num_experts is not None:
+            theirs = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization)
+            experts = moe_submodules(theirs.submodules.mlp).experts
+            moe_submodules(spec.submodules.mlp).experts = experts
+        return spec
+
+    return mock.patch.object(layers, "native_layer_spec", stock)
+
+
+def chunk(experiment: Experiment, sequential: bool) -> torch.nn.Module:
+    """This rank's only model chunk; the parallel state must be there."""
+    repair_missing_transformer_engine()
+    plan = plans.make(experiment)
+    if not sequential:
+        return gpt.build_chunks(experiment, plan, torch.float32)[0]
+    with with_sequential_experts():
+        return gpt.build_chunks(experiment, plan, torch.float32)[0]
+
+
+def shards(experiment: Experiment, sequential: bool) -> list[tuple[Any, ...]]:
+    """What this rank puts into a checkpoint of the routed experts, expert by expert: (key, global shape,
+    where each expert's piece begins, its shape, its replica)."""
+    from megatron_moe.engine.checkpoint import sharded_weights
+
+    groups.initialize_model_parallel(plans.make(experiment).layout, seed=1, timeout_s=60)
+    found = []
+    for tensor in sharded_weights([chunk(experiment, sequential)]):
+        if ".mlp.experts." not in tensor.key:
+            continue
+        axis = len(tensor.global_shape) - 3
+        offset, shape = list(tensor.global_offset), list(tensor.local_shape)
+        shape = [1] * (len(offset) - len(shape)) + shape
+        for expert in range(shape[axis]):
+            begin = [*offset[:axis], offset[axis] + expert, *offset[axis + 1 :]]
+            size = [*shape[:axis], 1, *shape[axis + 1 :]]
+            found.append(
+                (tensor.key, tuple(tensor.global_shape), tuple(begin), tuple(size), tensor.replica_id)
+            )
+    return sorted(found)
+
+
+def exchanged(
+    experiment: Experiment, folder: str, from_sequential: bool, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits of the model that was saved, and of the one with the other kind of experts that loaded it."""
+    from megatron.core import dist_checkpointing
+
+    groups.initialize_model_parallel(plans.make(experiment).layout, seed=1, timeout_s=60)
+    logits = []
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    for sequential in (from_sequential, not from_sequential):
+        model = chunk(experiment, sequential)
+        if not logits:
+            save_weights(Path(folder), [model])
+        else:
+            for parameter in model.parameters():
+                parameter.data.fill_(7.0)
+            # SequentialMLP also names places for Transformer Engine's scaling factors, and keeps nothing there.
+            state = model.sharded_state_dict()
+            state = {
+                key: value for key, value in state.items() if ".experts." not in key or "_extra" not in key
+            }
+            model.load_state_dict(dist_checkpointing.load({"model": state}, folder)["model"], strict=False)
+        model.eval()
+        with torch.no_grad():
+            logits.append(model(tokens, positions, None))
+    return logits[0], logits[1]

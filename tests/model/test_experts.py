@@ -1,0 +1,90 @@
+"""The experts against their formula in float64, and their checkpoints against Megatron-Core's
+SequentialMLP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import experts_on_ranks
+import pytest
+import torch
+from distributed import ranks
+from experiments import experiment, layout
+from torch import Tensor
+
+SIZES = {"uneven": [3, 0, 5, 2], "all on one": [0, 10, 0, 0], "no tokens": [0, 0, 0, 0]}
+ACTIVATIONS = {
+    "swiglu": lambda gate, up: gate * gate.sigmoid() * up,
+    "geglu": lambda gate, up: gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up,
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+    "relu": lambda x: x.clamp(min=0),
+    "squared_relu": lambda x: x.clamp(min=0) ** 2,
+}
+SPLIT = {
+    "EP2": layout(dp=2, expert_model_parallel_size=2),
+    "ETP2": layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2),
+    "EDP": layout(tp=2),
+}
+
+
+def by_formula(
+    activation: str, tokens: Tensor, probs: Tensor, sizes: list[int], fc1: Tensor, fc2: Tensor
+) -> Tensor:
+    """fc2_e(p * act(fc1_e x)), expert by expert."""
+    parts = []
+    for x, p, up, down in zip(tokens.split(sizes), probs.split(sizes), fc1, fc2, strict=True):
+        inner = x @ up.T
+        gates = 2 if activation.endswith("glu") else 1
+        parts.append((ACTIVATIONS[activation](*inner.chunk(gates, -1)) * p[:, None]) @ down.T)
+    return torch.cat(parts)
+
+
+def sample(activation: str, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    width = 6 * (2 if activation.endswith("glu") else 1)
+    shapes = [(sum(sizes), 8), (sum(sizes),), (len(sizes), width, 8), (len(sizes), 8, 6), (sum(sizes), 8)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("activation", "sizes"),
+    [
+        *((name, SIZES["uneven"]) for name in ACTIVATIONS),
+        *(("swiglu", SIZES[name]) for name in list(SIZES)[1:]),
+    ],
+    ids=[*ACTIVATIONS, *list(SIZES)[1:]],
+)
+def test_values_and_gradients(activation: str, sizes: list[int], dtype: torch.dtype) -> None:
+    tokens, probs, fc1, fc2, upstream = sample(activation, sizes, dtype)
+    actual = ranks(1).run(experts_on_ranks.compute, activation, tokens, probs, sizes, fc1, fc2, upstream)[0]
+    leaves = [x.double().requires_grad_() for x in (tokens, probs, fc1, fc2)]
+    output = by_formula(activation, leaves[0], leaves[1], sizes, leaves[2], leaves[3])
+    expected = [output.detach(), *torch.autograd.grad(output, leaves, upstream.double())]
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-2
+    for mine, exact in zip(actual, expected, strict=True):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        assert float((mine.double() - exact).norm()) <= tolerance * float(exact.norm())
+
+
+@pytest.mark.second_pair
+@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_checkpoints_hold_what_megatron_cores_experts_hold(name: str, activation: str) -> None:
+    setup = experiment(parallel=SPLIT[name], model={"activation": activation, "num_layers": 2})
+    ours = ranks(2).run(experts_on_ranks.shards, setup, False)
+    theirs = ranks(2).run(experts_on_ranks.shards, setup, True)
+    assert ours == theirs
+    assert all(len(of_rank) > 0 for of_rank in ours)
+
+
+@pytest.mark.second_pair
+@pytest.mark.parametrize("name", ["EP2", "ETP2"])
+@pytest.mark.parametrize("from_sequential", [True, False], ids=["theirs to ours", "ours to theirs"])
+def test_checkpoints_are_interchangeable(name: str, from_sequential: bool, tmp_path: Path) -> None:
+    setup = experiment(parallel=SPLIT[name], model={"num_layers": 2})
+    tokens = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(1))
+    for saved, loaded in ranks(2).run(
+        experts_on_ranks.exchanged, setup, str(tmp_path), from_sequential, tokens
+    ):
+        torch.testing.assert_close(loaded, saved, rtol=1e-5, atol=1e-6)
