@@ -107,12 +107,14 @@ def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str
     `padding_mask` [b, s], true there; both are found on the host, so that no GPU has to be waited for.
     """
     from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
     if not bool(batch["loss_mask"].all()):
         batch = {**batch, "padding_mask": batch["loss_mask"] == 0}
-    on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    mine: dict[str, Tensor] = on_device
-    if parallel_state.get_context_parallel_world_size() > 1:
-        mine = get_batch_on_this_cp_rank(on_device)
-    return {**mine, "num_targets": batch["loss_mask"].sum().to(torch.int).to(device, non_blocking=True)}
+    size = parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_context_parallel_rank()
+    mine = {"num_targets": batch["loss_mask"].sum().to(torch.int)}
+    for name, tensor in batch.items():
+        chunks = tensor.chunk(2 * size, dim=1)
+        # Megatron-Core's zig-zag, whose function for it takes other arguments in each version.
+        mine[name] = torch.cat([chunks[rank], chunks[-1 - rank]], dim=1) if size > 1 else tensor
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in mine.items()}

@@ -52,7 +52,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "DP2": {"parallel": layout(dp=2)},
     "EP2": {"parallel": layout(dp=2, expert_model_parallel_size=2)},
-    "CP2": {"parallel": layout(cp=2)},
     "TP2 EP1": {"parallel": layout(tp=2, expert_model_parallel_size=1)},
     "ETP2": {"parallel": layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2)},
     "TP2 DP2 EP4": {"parallel": layout(tp=2, dp=2, expert_model_parallel_size=4)},
@@ -88,7 +87,9 @@ def test_layout_computes_what_one_process_computes(tmp_path: Path, sections: dic
 
 
 @pytest.mark.second_pair
-@pytest.mark.parametrize("parallel", [layout(tp=2), layout(tp=2, pp=2)], ids=["EDP", "EDP PP2"])
+@pytest.mark.parametrize(
+    "parallel", [layout(tp=2), layout(tp=2, pp=2), layout(cp=2)], ids=["EDP", "EDP PP2", "CP2"]
+)
 def test_later_steps_agree_too(tmp_path: Path, parallel: dict[str, Any]) -> None:
     report = verify(tmp_path, parallel, steps=3)
     assert report.failures == []

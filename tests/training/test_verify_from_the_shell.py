@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "1",
         "logging.root=runs",
     ]
-    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=280)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
 
 
 def test_a_right_layout_passes_and_leaves_no_run_behind(tmp_path: Path) -> None:
