@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from dataclasses import dataclass
 
 import torch
 
 from megatron_moe.engine import host
+from megatron_moe.engine.stand_ins import HOST
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ def start(local_rank: int) -> Device:
     `megatron.core`."""
     quiet_libraries()
     if torch.cuda.is_available():
+        # Megatron-Core overlaps sequence-parallel communication with products only if kernels start in order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         return Device(torch.device("cuda", local_rank), "nccl")
     host.install()
-    return Device(host.HOST, "gloo")
+    return Device(HOST, "gloo")
 
 
 def quiet_libraries() -> None:
@@ -67,6 +71,9 @@ def quiet_libraries() -> None:
         r".*_all_gather_base.*|.*_reduce_scatter_base.*",
         r".*CUDA initialization.*",
         r".*pin_memory.*",
+        r".*absl\.logging.*",
+        r".*\.grad attribute of a Tensor that is not a leaf.*",
+        r".*CUDA_DEVICE_MAX_CONNECTIONS.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
     for name in ("megatron", "torch.distributed", "torch.utils"):

@@ -9,124 +9,28 @@ source.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-HOST = torch.device("cpu")
-
-
-class HostStream:
-    """A stream that runs everything at once, in order: there is only one queue on the host."""
-
-    cuda_stream = 0
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def record_event(self, event: Any = None) -> HostEvent:
-        return event or HostEvent()
-
-
-class HostEvent:
-    """An event that has always happened."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def record(self, stream: Any = None) -> None: ...
-
-    def wait(self, stream: Any = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-
-_STREAM = HostStream()
-
-
-@contextlib.contextmanager
-def _on_stream(stream: Any) -> Iterator[None]:
-    yield
-
-
-def _itself() -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: self
-
-
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-
-
-def _get_state() -> Callable[..., torch.Tensor]:
-    return lambda *args, **kwargs: torch.get_rng_state()
-
-
-def _set_state() -> Callable[..., None]:
-    return lambda new_state, *args, **kwargs: torch.set_rng_state(new_state)
-
-
-def _returns(value: Any) -> Callable[..., Any]:
-    """A new function each time: torch's tracer refuses one function under two of its names."""
-    return lambda *args, **kwargs: value
-
-
-def _not_compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    return function if function is not None else lambda decorated: decorated
-
-
-def _is_cuda_name(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
-
-
-def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """`factory` with device="cuda" read as the host, and pinned memory as plain memory."""
-
-    @functools.wraps(factory)
-    def make(*args: Any, **kwargs: Any) -> Any:
-        if _is_cuda_name(kwargs.get("device")):
-            kwargs["device"] = HOST
-        kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
-
-    return make
-
-
-def _type_name(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.type()` with the name that a CUDA tensor of the same dtype has."""
-
-    @functools.wraps(original)
-    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        return result.replace("torch.", "torch.cuda.", 1) if isinstance(result, str) else result
-
-    return type_name
-
-
-def _sizes_as_numpy(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron-Core converts sizes to numpy only where it copies them off a GPU; all_to_all_single takes no
-    tensors as sizes."""
-
-    @functools.wraps(original)
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    return to_host
+from megatron_moe.engine.stand_ins import (
+    HOST,
+    HostStream,
+    gather_unequal,
+    host_state,
+    itself,
+    not_compiled,
+    on_host,
+    on_stream,
+    reduce_scatter_unequal,
+    returns,
+    seed_host,
+    set_host_state,
+    sizes_as_numpy,
+    type_name_of_cuda,
+)
 
 
 @dataclass(frozen=True)
@@ -147,83 +51,63 @@ class StandIn:
     wraps: bool = False
 
 
-_FACTORIES = "literal device='cuda' in schedules, optimizer, gradient clipping, buffers, aux-loss tracker"
-_RNG = "the tensor-parallel random state tracker keeps named states of the device's generator"
+_FACTORIES = "small tensors with device='cuda' in schedules, optimizer and gradient clipping"
+_RANDOM = "the tensor-parallel tracker keeps named states of the device's generator"
+_STREAMS = "the dispatcher and overlapped shared experts order their work by streams"
 
 STAND_INS: tuple[StandIn, ...] = (
-    StandIn("torch.cuda.current_device", _returns(HOST), "passed as device=", "torch.cuda.current_device()"),
-    StandIn(
-        "torch.cuda.set_device", _returns(None), "each rank chooses its device", "torch.cuda.set_device("
-    ),
-    StandIn("torch.cuda.device_count", _returns(1), "checkpoint placement", "torch.cuda.device_count()"),
-    StandIn(
-        "torch.cuda.synchronize",
-        _returns(None),
-        "nothing runs behind the host's back",
-        "torch.cuda.synchronize(",
-    ),
-    StandIn("torch.cuda.empty_cache", _returns(None), "no caching allocator", "torch.cuda.empty_cache()"),
-    StandIn("torch.cuda.memory_allocated", _returns(0), "no device memory", "torch.cuda.memory_allocated("),
-    StandIn("torch.cuda.Stream", HostStream, "dispatcher and shared experts", "torch.cuda.Stream("),
-    StandIn("torch.cuda.Event", HostEvent, "dispatcher and shared experts", "torch.cuda.Event("),
-    StandIn(
-        "torch.cuda.current_stream", _returns(_STREAM), "dispatcher, overlap", "torch.cuda.current_stream()"
-    ),
-    StandIn(
-        "torch.cuda.default_stream",
-        _returns(_STREAM),
-        "side streams start from it",
-        "torch.cuda.default_stream",
-    ),
-    StandIn("torch.cuda.set_stream", _returns(None), "overlap", "torch.cuda.set_stream("),
-    StandIn("torch.cuda.stream", _on_stream, "dispatcher, overlap", "torch.cuda.stream("),
-    StandIn("torch.cuda.nvtx.range_push", _returns(None), "profiler marks", "torch.cuda.nvtx.range_push"),
-    StandIn("torch.cuda.nvtx.range_pop", _returns(None), "profiler marks", "torch.cuda.nvtx.range_pop"),
-    StandIn("torch.cuda.manual_seed", _seed, _RNG, "torch.cuda.manual_seed("),
-    StandIn("torch.cuda.get_rng_state", _get_state(), _RNG, "torch.cuda.get_rng_state()"),
-    StandIn("torch.cuda.set_rng_state", _set_state(), _RNG, "torch.cuda.set_rng_state("),
-    StandIn("torch.cuda.random.get_rng_state", _get_state(), _RNG, "torch.cuda.random.get_rng_state("),
+    StandIn("torch.cuda.current_device", returns(HOST), "passed as device=", "torch.cuda.current_device()"),
+    StandIn("torch.cuda.synchronize", returns(None), "nothing runs ahead here", "torch.cuda.synchronize("),
+    StandIn("torch.cuda.Stream", HostStream, _STREAMS, "torch.cuda.Stream("),
+    StandIn("torch.cuda.current_stream", returns(HostStream()), _STREAMS, "torch.cuda.current_stream()"),
+    StandIn("torch.cuda.stream", on_stream, _STREAMS, "torch.cuda.stream("),
+    StandIn("torch.cuda.manual_seed", seed_host, _RANDOM, "torch.cuda.manual_seed("),
+    StandIn("torch.cuda.get_rng_state", host_state, _RANDOM, "torch.cuda.get_rng_state()"),
+    StandIn("torch.cuda.set_rng_state", set_host_state, _RANDOM, "torch.cuda.set_rng_state("),
+    StandIn("torch.cuda.random.get_rng_state", host_state, _RANDOM, "torch.cuda.random.get_rng_state("),
     StandIn(
         "megatron.core.tensor_parallel.random._set_cuda_rng_state",
-        _set_state(),
-        _RNG,
+        set_host_state,
+        _RANDOM,
         "def _set_cuda_rng_state(",
     ),
     StandIn(
         "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
-        _sizes_as_numpy,
-        "all-to-all sizes",
+        sizes_as_numpy,
+        "all_to_all_single takes no tensors as sizes",
         "maybe_move_tensor_to_cpu(",
         wraps=True,
     ),
-    StandIn("torch.Tensor.cuda", _itself(), "batches, norms and sizes are moved to the device", ".cuda("),
-    StandIn("torch.nn.Module.cuda", _itself(), "tied embedding weights are moved", ".cuda("),
-    StandIn("torch.Tensor.record_stream", _returns(None), "memory reuse across streams", ".record_stream("),
-    StandIn("torch.Tensor.pin_memory", _itself(), "staging of sizes and checkpoints", "pin_memory"),
+    StandIn(
+        "megatron.core.tensor_parallel.mappings._gather_along_first_dim",
+        gather_unequal,
+        "gloo gathers only equal parts",
+        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+        wraps=True,
+    ),
+    StandIn(
+        "megatron.core.tensor_parallel.mappings._reduce_scatter_along_first_dim",
+        reduce_scatter_unequal,
+        "gloo scatters only equal parts",
+        "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
+        wraps=True,
+    ),
+    StandIn("torch.Tensor.cuda", itself, "gradients and tied embeddings are moved to the device", ".cuda("),
     StandIn(
         "torch.Tensor.type",
-        _type_name,
-        "the optimizer groups parameters by name",
+        type_name_of_cuda,
+        "the optimizer compares names of types",
         "'torch.cuda.FloatTensor'",
-        True,
+        wraps=True,
     ),
     StandIn(
         "torch.compile",
-        _not_compiled,
-        "small activations would wait for a C++ compiler",
+        not_compiled,
+        "small functions would wait for a C++ compiler",
         "jit_fuser = torch.compile",
     ),
-    *(
-        StandIn(f"torch.{name}", _on_host, _FACTORIES, seen, True)
-        for name, seen in (
-            ("tensor", "torch.tensor("),
-            ("zeros", "torch.zeros("),
-            ("ones", "torch.ones("),
-            ("empty", "torch.empty("),
-            ("empty_like", "torch.empty_like("),
-            ("arange", "torch.arange("),
-        )
-    ),
+    StandIn("torch.tensor", on_host, _FACTORIES, "torch.tensor(", wraps=True),
+    StandIn("torch.zeros", on_host, _FACTORIES, "torch.zeros(", wraps=True),
 )
 
 _originals: dict[str, Any] = {}
@@ -231,8 +115,6 @@ _originals: dict[str, Any] = {}
 
 def _resolve(target: str) -> tuple[Any, str]:
     """The object that holds the last name of `target`, and that name."""
-    import importlib
-
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
