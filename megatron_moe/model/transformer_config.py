@@ -44,7 +44,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         entries = ", ".join(f"{name}: {value}" for name, value in further.items())
         raise InputError(
             f"model.megatron_core ({entries}): Megatron-Core refuses this in the experiment: "
-            f"{' '.join(str(error).split()) or type(error).__name__}; change or leave out what it names"
+            f"{' '.join(str(error).split()).rstrip('.') or type(error).__name__}; change or leave out what it names"
         ) from error
 
 

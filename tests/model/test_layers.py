@@ -1,0 +1,82 @@
+"""Which building block stands where, for both specs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from experiments import MOE, experiment
+
+from megatron_moe.engine.versions import moe_submodules
+from megatron_moe.model.attention import CoreAttention
+from megatron_moe.model.layers import block_spec
+from megatron_moe.model.moe.experts import Experts
+from megatron_moe.model.moe.router import Router
+from megatron_moe.model.norms import Norm
+from megatron_moe.model.transformer_config import transformer_config
+from megatron_moe.plan import plan as plans
+
+pytestmark = pytest.mark.second_pair
+
+
+def block(spec: str = "native", **fields: Any) -> Any:
+    setup = experiment(
+        moe=MOE | {"moe_layer_freq": [0, 1, 0, 1]}, model={"spec": spec, "megatron_core": fields}
+    )
+    plan = plans.make(setup)
+    return block_spec(setup, transformer_config(setup, plan, 0, torch.float32), plan.stages[0])
+
+
+@pytest.fixture
+def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Megatron-Core's classes over Transformer Engine, which stand on mocks where it is not installed."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.extensions import transformer_engine_spec_provider as provider
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    for module in (provider, gpt_layer_specs):
+        monkeypatch.setattr(module, "is_te_min_version", lambda version: True, raising=False)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider, raising=False)
+    for name in ("TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
+        stand_in = type(name, (torch.nn.Module,), {})
+        monkeypatch.setattr(provider, name, stand_in)
+    yield transformer_engine
+
+
+def test_native_layers_are_ours() -> None:
+    spec = block()
+    assert spec.layer_norm is Norm
+    dense, moe = spec.layer_specs[0].submodules, spec.layer_specs[1].submodules
+    for layer in (dense, moe):
+        assert layer.input_layernorm is layer.pre_mlp_layernorm is Norm
+        assert layer.self_attention.submodules.core_attention is CoreAttention
+    experts = moe_submodules(moe.mlp)
+    assert experts.experts is Experts and experts.router is Router
+    assert spec.layer_specs[2].submodules.mlp is dense.mlp and spec.layer_specs[3].submodules.mlp is moe.mlp
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [({}, "IdentityOp"), ({"qk_layernorm": True}, "Norm"), ({"qk_l2_norm": True}, "L2Norm")],
+    ids=["none", "layernorm", "l2"],
+)
+def test_norms_of_query_and_key(fields: dict[str, bool], kind: str) -> None:
+    attention = block(**fields).layer_specs[1].submodules.self_attention.submodules
+    names = {getattr(norm, "__name__", str(norm)) for norm in (attention.q_layernorm, attention.k_layernorm)}
+    assert names == {kind}
+
+
+def test_transformer_engine_layers(transformer_engine: Any) -> None:
+    """By the explicit key; the router stays ours."""
+    spec = block("transformer_engine", qk_layernorm=True)
+    assert spec.layer_norm is transformer_engine.TENorm
+    dense, moe = spec.layer_specs[0].submodules, spec.layer_specs[1].submodules
+    for layer in (dense, moe):
+        attention = layer.self_attention.submodules
+        assert attention.core_attention is transformer_engine.TEDotProductAttention
+        assert attention.q_layernorm is transformer_engine.TENorm
+    assert moe_submodules(moe.mlp).router is Router
+    assert "TEGroupedMLP" in repr(moe_submodules(moe.mlp).experts)
+    assert "TENorm" in moe.pre_mlp_layernorm.__name__
