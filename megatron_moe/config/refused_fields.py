@@ -40,6 +40,7 @@ NEEDS_TRANSFORMER_ENGINE = (
 _APEX = "it needs NVIDIA's apex kernels"
 _ATTENTION = "the attention here does not compute it"
 _EXPERTS = "the router and experts here do not compute it"
+_IGNORED = "Megatron-Core itself does not look at it in a GPT model"
 _LIBRARY = "it needs a library that is not supported here"
 _MODEL = "this trainer does not build such a model"
 _OFFLOADING = "offloading is not built into this trainer"
@@ -66,7 +67,9 @@ NOT_SETTABLE: dict[str, str] = {
     r"flash_decode|flash_attention_version": _ATTENTION,
     r"glu_linear_offset|activation_func_clamp_value|use_fused_weighted_squared_relu": _EXPERTS,
     r"moe_apply_probs_on_input|moe_token_dropping|moe_enable_routing_replay": _EXPERTS,
-    r"moe_use_legacy_grouped_gemm|moe_router_force_biased": _EXPERTS,
+    r"moe_use_legacy_grouped_gemm|moe_router_force_biased|moe_pad_expert_input_to_capacity": _EXPERTS,
+    r"moe_router_quantile_balancing_ema": _EXPERTS,
+    r"apply_residual_connection_post_layernorm|async_tensor_model_parallel_allreduce": _IGNORED,
     r"\w*cuda_graph\w*|(use_)?inference_\w+|nccl_all_reduce_for_prefill|mlp_chunks_for_\w+": _SERVING,
     r"symmetric_ar_type|batch_invariant_mode|high_priority_a2a_comm_stream": _SERVING,
     r"(use_)?kitchen\w*|quant_recipe|use_ring_exchange_p2p|pipeline_model_parallel_comm_backend": _LIBRARY,
