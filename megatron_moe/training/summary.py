@@ -6,6 +6,7 @@ import math
 from datetime import datetime
 from pathlib import Path
 
+from megatron_moe.config.schema import Experiment
 from megatron_moe.training.trainer import Trainer
 
 
@@ -47,13 +48,22 @@ def say_summary(trainer: Trainer, log: Path) -> None:
     if done < wanted:
         lines.append(f"  go on        megatron-moe train {config}")
     else:
-        more = f"training.train_iters={2 * wanted}"
-        if experiment.optimizer.lr_decay_iters == wanted:
-            # Else the rest of the run would be trained at min_lr.
-            more += f" optimizer.lr_decay_iters={2 * wanted}"
-        lines.append(f"  train on     megatron-moe train {config} {more}")
+        lines.append(f"  train on     megatron-moe train {config} {' '.join(to_train_on(experiment))}")
     lines.append(f"  check layout megatron-moe verify {config}")
     _say(lines, log)
+
+
+def to_train_on(experiment: Experiment) -> list[str]:
+    """Overrides of a run's resolved.yaml that train it for twice as many iterations."""
+    iterations, schedule = experiment.training.train_iters, experiment.optimizer
+    overrides = [f"training.train_iters={2 * iterations}"]
+    if schedule.lr_decay_iters == iterations:
+        # Else the rest of the run would be trained at min_lr.
+        overrides.append(f"optimizer.lr_decay_iters={2 * iterations}")
+        if schedule.lr_warmup_fraction is not None:
+            # The resolved number of iterations is that of the shorter run.
+            overrides.append("optimizer.lr_warmup_iters=null")
+    return overrides
 
 
 def _losses(trainer: Trainer) -> list[tuple[str, str]]:
