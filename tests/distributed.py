@@ -137,7 +137,10 @@ def _forget_models() -> None:
     threads."""
     from megatron.core.transformer.module import MegatronModule
 
-    models = [thing for thing in gc.get_objects() if issubclass(type(thing), MegatronModule)]
+    # What was taken apart before may still be there.
+    models = [
+        thing for thing in gc.get_objects() if issubclass(type(thing), MegatronModule) and thing.__dict__
+    ]
     for module in {module for model in models for module in model.modules()}:
         module.__dict__.clear()
 
