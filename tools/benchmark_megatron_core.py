@@ -43,11 +43,20 @@ class Loop:
     Args:
         model: wrapped for data parallelism; its TransformerConfig has the schedule's hooks.
         trainer: says how many microbatches of what shape a step has.
+        attention_mask: [1, 1, s, s], true where a query must not look; None: the model knows.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: Any, scheduler: Any, trainer: Trainer) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Any,
+        scheduler: Any,
+        trainer: Trainer,
+        attention_mask: Tensor | None = None,
+    ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.shapes = trainer.shapes()
+        self.forward_step = partial(_forward_step, attention_mask)
 
     def step(self, batches: list[Batch]) -> list[Tensor]:
         """Train on this rank's microbatches of a step; returns each one's [loss sum, targets]."""
@@ -55,7 +64,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.scheduler.step(1)
         reports: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=self.forward_step,
             data_iterator=iter(batches),
             model=self.model,
             num_microbatches=self.shapes.num_microbatches,
@@ -67,10 +76,12 @@ class Loop:
         return reports
 
 
-def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(
+    attention_mask: Tensor | None, batches: Iterator[Batch], model: torch.nn.Module
+) -> tuple[Tensor, Any]:
     """Megatron-Core's contract: one microbatch's token losses, and the function that sums them."""
     batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    losses = model(batch["tokens"], batch["position_ids"], attention_mask, labels=batch["labels"])
     return losses, partial(_loss, batch["loss_mask"])
 
 
@@ -100,7 +111,10 @@ def plain_loop(trainer: Trainer) -> Loop:
     optimizer = _optimizer(trainer, wrapped)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
-    return Loop(wrapped, optimizer, build_scheduler(experiment, optimizer), trainer)
+    s = experiment.training.seq_length
+    # Left out, DotProductAttention would make one for each layer and microbatch, on a GPU by name.
+    mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1).to(trainer.device.torch_device)
+    return Loop(wrapped, optimizer, build_scheduler(experiment, optimizer), trainer, mask)
 
 
 def _layer_specs(config: Any) -> Any:

@@ -34,23 +34,31 @@ TOLERANCE = 1e-5
 
 
 def measure(config: Path, repetitions: int, steps: int) -> dict[str, object]:
-    """Seconds of each repetition, a list a contender; a repetition runs `steps` steps of each, in rotating
-    order."""
+    """Seconds of each repetition, and seconds of processor time that this rank took, a list a contender; a
+    repetition runs `steps` steps of each, in rotating order."""
     experiment = load(config, [], world_size=None).experiment
     trainer = start(experiment, plan.make(experiment), config.parent)
     contenders, losses = _contenders(trainer, repetitions * steps)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    processor: dict[str, list[float]] = {name: [] for name in contenders}
     for repetition in range(repetitions):
         names = list(contenders)
         for name in names[repetition % 3 :] + names[: repetition % 3]:
             dist.barrier()
-            started = time.perf_counter()
+            started, processor_started = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 contenders[name]()
             dist.barrier()
             seconds[name].append(time.perf_counter() - started)
+            processor[name].append(time.process_time() - processor_started)
     tokens = steps * experiment.training.global_batch_size * experiment.training.seq_length
-    return {"tokens": tokens, "threads": torch.get_num_threads(), "losses": losses, "seconds": seconds}
+    return {
+        "tokens": tokens,
+        "threads": torch.get_num_threads(),
+        "losses": losses,
+        "seconds": seconds,
+        "processor_seconds": processor,
+    }
 
 
 def _contenders(
