@@ -1,0 +1,56 @@
+"""What is decayed, at which rate, and that each replica holds its part of the state."""
+
+from __future__ import annotations
+
+import math
+
+import optimizer_on_ranks
+import pytest
+from distributed import ranks
+from experiments import MOE, experiment, layout
+
+pytestmark = pytest.mark.second_pair
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    setup = experiment(
+        model={"normalization": "LayerNorm", "megatron_core": {"add_qkv_bias": True}},
+        optimizer={"lr": 1e-2, "weight_decay": 0.3},
+    )
+    decays = ranks(1).run(optimizer_on_ranks.decay_by_name, setup)[0]
+    spared = {name for name, decay in decays.items() if decay == 0.0}
+    assert spared == {name for name in decays if "norm" in name or name.endswith("bias")}
+    assert spared and {decays[name] for name in decays.keys() - spared} == {0.3}
+    assert any("experts" in name for name in decays.keys() - spared)
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
+def test_rates(style: str) -> None:
+    """Linear warm-up over w steps to the peak, then down to the minimum at step d, and there."""
+    peak, least, warmup, decay = 0.8, 0.2, 2, 6
+    setup = experiment(
+        optimizer={
+            "lr": peak,
+            "min_lr": least,
+            "lr_warmup_iters": warmup,
+            "lr_decay_iters": decay,
+            "lr_decay_style": style,
+        }
+    )
+    shapes = {
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+        "linear": lambda x: 1 - x,
+        "constant": lambda x: 1,
+    }
+    expected = [peak * step / warmup for step in range(1, warmup + 1)]
+    for step in range(warmup + 1, decay + 3):
+        done = min(1.0, (step - warmup) / (decay - warmup))
+        expected.append(least + (peak - least) * shapes[style](done))
+    assert ranks(1).run(optimizer_on_ranks.rates, setup, decay + 2)[0] == pytest.approx(expected)
+
+
+def test_state_is_spread_over_the_replicas() -> None:
+    whole = ranks(1).run(optimizer_on_ranks.sizes_of_state, experiment(moe=MOE))[0]
+    halves = ranks(2).run(optimizer_on_ranks.sizes_of_state, experiment(moe=MOE, parallel=layout(dp=2)))
+    assert sum(halves) == whole
+    assert all(abs(half - whole / 2) < whole / 20 for half in halves)
