@@ -74,6 +74,7 @@ def quiet_libraries() -> None:
         r".*absl\.logging.*",
         r".*\.grad attribute of a Tensor that is not a leaf.*",
         r".*CUDA_DEVICE_MAX_CONNECTIONS.*",
+        r".*is experimental and still under active development.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)
     for name in ("megatron", "torch.distributed", "torch.utils"):

@@ -118,7 +118,8 @@ def exchanged(
         else:
             for parameter in model.parameters():
                 parameter.data.fill_(7.0)
-            # SequentialMLP also names places for Transformer Engine's scaling factors, and keeps nothing there.
+            # SequentialMLP also names places for Transformer Engine's scaling factors, and keeps nothing
+            # there.
             state = model.sharded_state_dict()
             state = {
                 key: value for key, value in state.items() if ".experts." not in key or "_extra" not in key
