@@ -44,8 +44,8 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         entries = ", ".join(f"{name}: {value}" for name, value in further.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(
-            f"model.megatron_core ({entries}): Megatron-Core refuses this in the experiment: {reason}; change or "
-            "leave out what it names"
+            f"model.megatron_core ({entries}): Megatron-Core refuses this in the experiment: {reason}; "
+            "change or leave out what it names"
         ) from error
 
 
