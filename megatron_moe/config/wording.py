@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -118,7 +119,7 @@ def _number(kind: type[int] | type[float], constraints: dict[str, Any], value: A
         number = float(re.sub(r"(?<=\d),(?=\d{3}\b)", "", str(value)))
     except ValueError:
         return None
-    if kind is int and not number.is_integer():
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
         return None
     least, above = constraints.get("ge", number), constraints.get("gt")
     most, below = constraints.get("le", number), constraints.get("lt")

@@ -35,7 +35,7 @@ def parse(text: str, file: str) -> Tree:
     tree = Tree()
     try:
         node = _reader().compose(text)
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         tree.problems.append(_syntax_problem(error, file))
         tree.incomplete = True
         return tree
@@ -57,7 +57,7 @@ def parse_value(text: str, path: KeyPath) -> Tree:
     name = f"override {dotted(path)}"
     try:
         node = _reader().compose(text)
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         tree.problems.append(
             f"{name}: is not YAML: {_reason(error)} ({text}); quote it, or look at its brackets"
         )
@@ -129,15 +129,21 @@ def _scalar(node: Node, path: KeyPath, file: str, tree: Tree) -> Any:
         return None
     if kind == "bool":
         return text.lower() == "true"
-    if kind == "int":
-        digits = text.replace("_", "")
-        return int(digits, 0) if digits.lstrip("+-").lower().startswith(("0x", "0o", "0b")) else int(digits)
-    if kind == "float":
-        return _float(text)
-    tree.problems.append(
-        f"{file}:{_line(node)}: {dotted(path)}: the tag {node.tag} is not known; leave it out"
-    )
+    where = f"{file}:{_line(node)}: {dotted(path)}" if file else f"override {dotted(path)}"
+    if kind in ("int", "float"):
+        try:
+            return _int(text) if kind == "int" else _float(text)
+        except ValueError:  # behind a tag anything can stand, and Python refuses thousands of digits
+            short = text if len(text) <= 40 else f"{text[:40]}..."
+            tree.problems.append(f"{where}: {short} cannot be read as a number; for example 1")
+            return None
+    tree.problems.append(f"{where}: the tag {node.tag} is not known; leave it out")
     return None
+
+
+def _int(text: str) -> int:
+    digits = text.replace("_", "")
+    return int(digits, 0) if digits.lstrip("+-").lower().startswith(("0x", "0o", "0b")) else int(digits)
 
 
 def _float(text: str) -> float:
@@ -147,7 +153,9 @@ def _float(text: str) -> float:
     return math.nan if number == ".nan" else float(number)
 
 
-def _reason(error: YAMLError) -> str:
+def _reason(error: YAMLError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "its brackets or sections are nested too deeply"
     parts = [
         getattr(error, "context", None),
         getattr(error, "problem", None) or getattr(error, "reason", None),
@@ -155,7 +163,7 @@ def _reason(error: YAMLError) -> str:
     return ", ".join(str(part) for part in parts if part) or "it holds a character that YAML does not allow"
 
 
-def _syntax_problem(error: YAMLError, file: str) -> str:
+def _syntax_problem(error: YAMLError | RecursionError, file: str) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None or "end" in str(getattr(error, "problem", "")):  # what was never closed began elsewhere
         mark = getattr(error, "context_mark", None) or mark

@@ -62,6 +62,7 @@ def test_every_duplicate_key_is_found_with_both_lines(tmp_path: Path) -> None:
         ("name: a\n---\nname: b\n", "experiment.yaml:2: this is not YAML"),
         ("name: *unknown\n", "experiment.yaml:1: this is not YAML"),
         ("name: \x00\n", "experiment.yaml: this is not YAML"),
+        ("name: " + "[" * 3000, "experiment.yaml: this is not YAML: its brackets or sections are nested"),
     ],
 )
 def test_text_that_is_no_experiment_is_one_line(tmp_path: Path, text: str, start: str) -> None:
@@ -76,6 +77,20 @@ def test_a_key_that_is_no_word_and_an_unknown_tag(tmp_path: Path) -> None:
     assert any(
         line.startswith("experiment.yaml:6: optimizer.lr: the tag !money is not known") for line in found
     )
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "!!int many", "!!float few"])
+def test_what_cannot_be_read_as_a_number_is_one_line(tmp_path: Path, text: str) -> None:
+    found = problems(tmp_path, DENSE + f"optimizer: {{clip_grad: {text}}}\n", [f"optimizer.clip_grad={text}"])
+    starts = ("experiment.yaml:5: optimizer.clip_grad: ", "override optimizer.clip_grad: ")
+    for start in starts:
+        (line,) = (line for line in found if line.startswith(start) and "cannot be read as a number" in line)
+        assert len(line) < 200
+
+
+def test_an_infinite_number_is_not_proposed(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, DENSE + "optimizer: {lr: .inf}\n")
+    assert "inf" not in line.partition("(Infinity)")[2]
 
 
 def test_a_value_that_contains_itself_is_refused(tmp_path: Path) -> None:
