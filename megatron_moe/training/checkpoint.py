@@ -174,12 +174,16 @@ def _storage_fault(error: BaseException) -> str | None:
         return error.strerror or str(error)
     if isinstance(error, CheckpointException):
         # Megatron-Core lets all ranks fail together, but tells only rank 0 why.
-        texts = [str(failure) for failure, _ in error.failures.values()] or ["a rank could not write"]
-        return next(_errno_text(text) or text for text in texts)
+        return _on_rank_0(lambda: _first_text(error))
     text = str(error)
     if "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text:
         return _errno_text(text) or "the file system refused a write"
     return None
+
+
+def _first_text(error: CheckpointException) -> str:
+    text = next(str(failure) for failure, _ in error.failures.values())
+    return _errno_text(text) or text
 
 
 def _errno_text(text: str) -> str | None:
