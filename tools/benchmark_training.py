@@ -37,10 +37,7 @@ MODEL_ONLY = [  # Nothing but steps: no text, no evaluation, no checkpoint befor
     "training.eval_interval=null",
     "checkpoint.save_interval=null",
 ]
-SPEED_COLUMNS = (
-    *("layout", "threads a rank", "plain tokens/s", "ours tokens/s"),
-    *("ours over plain", "model alone over plain", "overhead of our loop", "the same in processor time"),
-)
+SPEED_COLUMNS = ("layout", "measured", "by the clock", "by processor time of a rank")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,32 +57,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"{_versions()}\n", flush=True)
     if args.only != "startup":
-        rows = [_speed_row(args.config, name, args.repetitions, args.steps) for name in LAYOUTS]
+        rows = []
+        for layout in LAYOUTS:
+            rows += _speed_rows(args.config, layout, args.repetitions, args.steps)
         print(_table(SPEED_COLUMNS, rows), "\n", flush=True)
     if args.only != "training":
         print(_table(("wait", "seconds"), _startup_rows(args.config, args.repetitions)))
     return 0
 
 
-def _speed_row(config: Path, layout: str, repetitions: int, steps: int) -> list[str]:
+def _speed_rows(config: Path, layout: str, repetitions: int, steps: int) -> list[list[str]]:
     measured = train_in_turns(config, layout, repetitions, steps)
-    tokens, seconds = measured["tokens"], measured["seconds"]
+    threads = measured["threads"]
+    heading = f"{layout}, {threads} thread{'s' * (threads > 1)} each"
+    by_clock = _figures(measured["tokens"], measured["seconds"])
+    by_processor = _figures(measured["tokens"], measured["processor_seconds"])
+    return [[heading, name, by_clock[name], by_processor[name]] for name in by_clock]
 
-    def ratios(over: str, under: str, of: str = "seconds") -> list[float]:
-        return [a / b for a, b in zip(measured[of][over], measured[of][under], strict=True)]
 
-    def overhead(of: str) -> str:
-        return _spread([100 * (ratio - 1) for ratio in ratios("ours", "bare", of)], "{:.1f} %")
+def _figures(tokens: int, seconds: dict[str, list[float]]) -> dict[str, str]:
+    """Name -> median and range over the repetitions, each of which trained on `tokens` tokens."""
 
-    return [
-        layout,
-        str(measured["threads"]),
-        *(_spread([tokens / s for s in seconds[name]], "{:,.0f}") for name in ("plain", "ours")),
-        _spread(ratios("plain", "ours"), "{:.2f}"),
-        _spread(ratios("plain", "bare"), "{:.2f}"),
-        overhead("seconds"),
-        overhead("processor_seconds"),
-    ]
+    def ratios(over: str, under: str) -> list[float]:
+        return [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+
+    return {
+        "plain, tokens/s": _spread([tokens / s for s in seconds["plain"]], "{:,.0f}"),
+        "ours, tokens/s": _spread([tokens / s for s in seconds["ours"]], "{:,.0f}"),
+        "speed of ours over plain": _spread(ratios("plain", "ours"), "{:.2f}"),
+        "speed of our model over plain, both in the bare loop": _spread(ratios("plain", "bare"), "{:.2f}"),
+        "overhead of our loop over the bare one": _spread(
+            [100 * (ratio - 1) for ratio in ratios("ours", "bare")], "{:.1f} %"
+        ),
+    }
 
 
 def train_in_turns(config: Path, layout: str, repetitions: int, steps: int) -> dict[str, Any]:
