@@ -238,7 +238,7 @@ class Training(Section):
     """Sequences b that one replica runs at once."""
     seq_length: PositiveInt
     """Tokens s a sequence."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
     """Seeds weights, data order and dropout."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`bf16` keeps fp32 master weights. `auto`: bf16 on a GPU with bf16 units, else fp32."""
@@ -277,7 +277,7 @@ class Launch(Section):
 class Resilience(Section):
     """What happens when something breaks."""
 
-    collective_timeout_s: PositiveInt = 600
+    collective_timeout_s: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 600
     """A rank that waits longer than this for the others gives up with an error."""
 
 

@@ -41,8 +41,14 @@ def expected(annotation: Any) -> str:
         return "text that is not empty"
     if inner is int and constraints.get("ge") == 0 and constraints.get("le") == 1:
         return "0 or 1"
-    bounds = [f"{words} {constraints[name]:g}" for name, words in _BOUNDS.items() if name in constraints]
+    bounds = [
+        f"{words} {_bound(constraints[name])}" for name, words in _BOUNDS.items() if name in constraints
+    ]
     return f"{base} {' and '.join(bounds)}" if bounds else base
+
+
+def _bound(number: int | float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def remedy(annotation: Any, value: Any, default: Any) -> str:
