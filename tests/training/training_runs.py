@@ -35,7 +35,9 @@ def tensors(folder: Path) -> dict[str, Any]:
         planner=_EmptyStateDictLoadPlanner(),
         no_dist=True,
     )
-    state["common"] = torch.load(folder / "common.pt", weights_only=False)
+    common = folder / "common.pt"  # Megatron-Core 0.19 keeps these values with the others
+    if common.exists():
+        state["common"] = torch.load(common, weights_only=False)
     return state
 
 
