@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from megatron_moe.config.errors import InputError
 from megatron_moe.data.documents import InputFile, texts
 from megatron_moe.data.staging import staging, sync_folder
@@ -55,6 +57,8 @@ def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
         raise InputError(
             "no text to train a tokenizer on; give files that hold more than spaces and newlines"
         )
+
+    Console(stderr=True, highlight=False).print(f"training a tokenizer of {vocab_size:,} ids")
 
     def all_sentences() -> Iterator[str]:
         yield first

@@ -20,6 +20,7 @@ from megatron_moe.launch.outcome import Outcome
 from megatron_moe.launch.stop_request import Stopped, signals_raise
 from megatron_moe.launch.supervisor import run_ranks
 from megatron_moe.plan import plan
+from megatron_moe.plan.wording import plural
 
 _STOPPING = (
     "Stopping: the ranks finish this step and save. Ctrl-C once more ends them at once, without saving."
@@ -58,6 +59,7 @@ def train(config_path: Path, overrides: Sequence[str]) -> int:
     if job.finished:
         return exit_codes.DONE
     world_size = layout_plan.layout.world_size
+    print(f"{loaded.experiment.name}: starting {plural(world_size, 'rank')}", flush=True)
     outcome = run_ranks(
         _rank_command("train", str(job.path)),
         world_size,

@@ -35,6 +35,9 @@ def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
+STARTING = "small: starting 2 ranks\n"
+
+
 def train(config: Path, *overrides: str) -> tuple[int, str, str]:
     """Exit code, stdout, stderr."""
     process = start(config, *overrides)
@@ -46,7 +49,7 @@ def test_a_run_from_start_to_finish_and_on(tmp_path, monkeypatch):
     config = install(tmp_path, monkeypatch, MEETS)
     run = tmp_path / "runs" / "small"
 
-    assert train(config) == (0, "", "")
+    assert train(config) == (0, STARTING, "")
     assert [(run / f"total_{rank}").read_text() for rank in range(2)] == ["3.0", "3.0"]
     assert (run / "config.yaml").read_text() == EXPERIMENT
     assert load(run / "resolved.yaml").experiment == load(config).experiment
@@ -115,13 +118,13 @@ def test_wrong_input_leaves_no_run_folder(tmp_path, monkeypatch):
 def test_errors_of_ranks_are_shown_once(tmp_path, monkeypatch, body, code, begins, ends):
     config = install(tmp_path, monkeypatch, body)
     ended, output, errors = train(config)
-    assert (ended, output) == (code, "")
+    assert (ended, output) == (code, STARTING)
     assert errors.startswith(begins) and errors.endswith(ends) and errors.count(ends) == 1
 
 
 def test_warnings_of_libraries_go_to_a_file(tmp_path, monkeypatch):
     body = "import warnings, logging; warnings.warn('old call'); logging.getLogger('library').warning('slow')"
-    assert train(install(tmp_path, monkeypatch, body)) == (0, "", "")
+    assert train(install(tmp_path, monkeypatch, body)) == (0, STARTING, "")
     for rank in range(2):
         text = (tmp_path / "runs" / "small" / "logs" / f"rank_{rank}.txt").read_text()
         assert "old call" in text and "library: slow" in text
@@ -145,7 +148,7 @@ def test_one_job_at_a_time_and_a_stopped_one_asks_to_be_started_again(tmp_path, 
     assert (run / "requeue").exists()
 
     monkeypatch.setenv("FAKE_TRAINING", "pass")
-    assert train(config) == (0, "", "")
+    assert train(config) == (0, STARTING, "")
     assert not (run / "requeue").exists()
 
 
