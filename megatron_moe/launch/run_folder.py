@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,9 +70,7 @@ class LockedRunFolder:
         """Give the folder back, and remove what `open_locked` made as far as it is still empty."""
         if self._made:
             (self.folder.path / _LOCK).unlink()
-            for path in self._made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+            _remove_empty(self._made)
         os.close(self.descriptor)
 
 
@@ -84,13 +83,21 @@ def open_locked(root: str, name: str) -> LockedRunFolder:
     Raises InputError where it cannot be made or written, or another job holds it.
     """
     path = Path(root) / name
+    missing: list[Path] = []
     try:
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         descriptor = lock.acquire(path / _LOCK)
     except OSError as error:
+        _remove_empty(missing)
         raise InputError(
             f"logging.root: {root}: cannot write to the run folder {path} ({error.strerror}): "
             "choose a folder that you can write to, e.g. logging.root=/tmp/runs"
         ) from error
     return LockedRunFolder(RunFolder(path), descriptor, missing)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()

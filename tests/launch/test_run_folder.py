@@ -109,6 +109,12 @@ def test_a_root_that_cannot_be_written_names_the_key(tmp_path, root):
     assert "logging.root=/" in line
 
 
+def test_a_run_folder_that_cannot_be_made_leaves_no_parents_behind(tmp_path):
+    with pytest.raises(InputError):
+        open_locked(str(tmp_path / "a" / "b"), "x" * 300)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_discarding_removes_what_was_made_and_nothing_else(tmp_path):
     (tmp_path / "mine").mkdir()
     open_locked(str(tmp_path / "mine" / "runs"), "run").discard()
