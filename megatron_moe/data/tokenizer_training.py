@@ -25,6 +25,10 @@ _RESERVED = re.compile("[\\n\\r\\t\\0\u2047\u2581]")
 """Sentencepiece leaves out sentences that hold one of the control characters; none of these should become
 part of a piece."""
 
+_SPECIAL_IDS = 3
+_MOST_IDS = 10_000_000
+"""Far above any tokenizer; with more, sentencepiece does not come back for minutes."""
+
 
 def train_sentencepiece(inputs: Sequence[str], vocab_size: int, output: Path, json_key: str = "text") -> None:
     """Train a BPE model of exactly `vocab_size` ids on the text of `inputs` and write it to `output`, whole
@@ -52,6 +56,8 @@ def train_sentencepiece(inputs: Sequence[str], vocab_size: int, output: Path, js
 def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
     import sentencepiece
 
+    if vocab_size > _MOST_IDS:
+        raise InputError(f"vocab_size: {vocab_size} ids are more than text gives; for example 32000")
     first = next(sentences, None)
     if first is None:
         raise InputError(
@@ -74,7 +80,7 @@ def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=all_sentences(),
             model_writer=model,
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, _SPECIAL_IDS),  # below, it would not say how many are needed
             model_type="bpe",
             byte_fallback=True,
             unk_id=0,

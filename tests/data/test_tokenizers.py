@@ -99,6 +99,17 @@ def test_lines_with_tabs_and_very_long_lines_are_learned_from(tmp_path: Path) ->
     assert len(tokenizer.encode("otherwise")) <= 2
 
 
+@pytest.mark.parametrize(
+    ("vocab_size", "hint"), [(1, "smallest that works is"), (10**14, "for example 32000")]
+)
+def test_an_absurd_vocabulary_is_refused_with_one_that_works(
+    tmp_path: Path, vocab_size: int, hint: str
+) -> None:
+    with pytest.raises(InputError, match=f"vocab_size: {vocab_size} .*{hint}"):
+        train_sentencepiece([str(SHAKESPEARE)], vocab_size, tmp_path / "x.model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_vocabulary_that_does_not_fit_is_refused_with_one_that_does(tmp_path: Path) -> None:
     path = write_text(tmp_path / "short.txt", "to be or not to be, that is the question\n")
     output = tmp_path / "x.model"
