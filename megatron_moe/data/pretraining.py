@@ -108,7 +108,7 @@ def _gpt_dataset(
 def _config(experiment: Experiment, prepared: Prepared, cache: Path) -> GPTDatasetConfig:
     assert prepared.tokenizer is not None
     return GPTDatasetConfig(
-        random_seed=experiment.training.seed % 2**32,  # numpy's RandomState takes no more
+        random_seed=experiment.training.seed,
         sequence_length=experiment.training.seq_length,
         blend=([str(prepared.prefix)], None),
         split=_split_text(experiment),
