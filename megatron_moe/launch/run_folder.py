@@ -47,11 +47,18 @@ class RunFolder:
         self.requeue.touch()
 
     def write(self, config: str, resolved: str, plan: str) -> None:
-        """Write the three files, each whole or not at all."""
-        for path, text in ((self.config, config), (self.resolved, resolved), (self.plan, plan)):
-            aside = path.with_name(path.name + ".part")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
+        """Write the three files, each whole or not at all. Raises InputError where they cannot be written."""
+        texts = {self.config: config, self.resolved: resolved, self.plan: plan}
+        asides = {path: path.with_name(path.name + ".part") for path in texts}
+        try:
+            for path, text in texts.items():
+                asides[path].write_text(text, encoding="utf-8")
+            for path, aside in asides.items():
+                os.replace(aside, path)
+        except OSError as error:
+            for aside in asides.values():
+                aside.unlink(missing_ok=True)
+            raise _cannot_write(self.path.parent, self.path, error) from error
 
 
 @dataclass
@@ -90,10 +97,7 @@ def open_locked(root: str, name: str) -> LockedRunFolder:
         descriptor = lock.acquire(path / _LOCK)
     except OSError as error:
         _remove_empty(missing)
-        raise InputError(
-            f"logging.root: {root}: cannot write to the run folder {path} ({error.strerror}): "
-            "choose a folder that you can write to, e.g. logging.root=/tmp/runs"
-        ) from error
+        raise _cannot_write(root, path, error) from error
     return LockedRunFolder(RunFolder(path), descriptor, missing)
 
 
@@ -101,3 +105,10 @@ def _remove_empty(folders: Sequence[Path]) -> None:
     for path in folders:
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+def _cannot_write(root: str | Path, path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"logging.root: {root}: cannot write to the run folder {path} ({error.strerror}): "
+        "choose a folder that you can write to, e.g. logging.root=/tmp/runs"
+    )

@@ -115,6 +115,15 @@ def test_a_run_folder_that_cannot_be_made_leaves_no_parents_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_that_cannot_be_written_leave_nothing_half_written(tmp_path):
+    locked = open_locked(str(tmp_path), "run")
+    locked.folder.plan.with_name("plan.json.part").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write to the run folder .*No space left on device"):
+        locked.folder.write("name: run\n", "name: run\n", "{}")
+    assert [path.name for path in locked.folder.path.iterdir()] == [".lock"]
+    locked.release()
+
+
 def test_discarding_removes_what_was_made_and_nothing_else(tmp_path):
     (tmp_path / "mine").mkdir()
     open_locked(str(tmp_path / "mine" / "runs"), "run").discard()
