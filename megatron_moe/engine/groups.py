@@ -51,7 +51,7 @@ def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        distributed_timeout_minutes=max(1, timeout_s // 60),
+        distributed_timeout_minutes=timeout_s / 60,  # an int by its type, but only ever given to timedelta
         create_gloo_process_groups=gloo_beside_nccl(),
     )
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
