@@ -175,15 +175,19 @@ def _storage_fault(error: BaseException) -> str | None:
     if isinstance(error, CheckpointException):
         # Megatron-Core lets all ranks fail together, but tells only rank 0 why.
         return _on_rank_0(lambda: _first_text(error))
-    text = str(error)
-    if "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text:
-        return _errno_text(text) or "the file system refused a write"
-    return None
+    return _refused_write(str(error))
 
 
 def _first_text(error: CheckpointException) -> str:
     text = next(str(failure) for failure, _ in error.failures.values())
-    return _errno_text(text) or text
+    return _refused_write(text) or _errno_text(text) or text
+
+
+def _refused_write(text: str) -> str | None:
+    """What torch's writer of files met, in words; None where the text is not its."""
+    if "PytorchStreamWriter" in text or "inline_container" in text or "iostream error" in text:
+        return _errno_text(text) or "the file system refused a write"
+    return None
 
 
 def _errno_text(text: str) -> str | None:
