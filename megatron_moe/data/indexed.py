@@ -103,11 +103,16 @@ class TokenFiles:
     prefix: Path
     dtype: type[np.integer[Any]]
     documents: int
+    sequences: int
     tokens: int
 
     def read(self) -> NDArray[Any]:
         """All token ids [tokens], mapped and not read."""
         return np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each sequence, mapped and not read."""
+        return np.memmap(idx_path(self.prefix), np.int32, "r", offset=_HEADER.size, shape=(self.sequences,))
 
 
 def open_token_files(prefix: Path) -> TokenFiles:
@@ -163,7 +168,7 @@ def _checked_index(prefix: Path, bin_bytes: int, idx_bytes: int) -> TokenFiles:
         )
     if not bin_bytes:
         raise InputError(f"{bin_path(prefix)}: holds no tokens")
-    return TokenFiles(prefix, dtype, int(document_ends) - 1, int(stops[-1]) // itemsize)
+    return TokenFiles(prefix, dtype, int(document_ends) - 1, int(sequences), int(stops[-1]) // itemsize)
 
 
 def _to_disk(stream: IO[bytes]) -> None:

@@ -16,7 +16,9 @@ from megatron_moe.config.schema import Data, Experiment, Prepare
 from megatron_moe.config.schema import Tokenizer as TokenizerSection
 from megatron_moe.data.documents import SUFFIXES, file_sha256
 from megatron_moe.data.existing import check_token_files
+from megatron_moe.data.indexed import open_token_files
 from megatron_moe.data.manifest import FORMAT_VERSION, Manifest
+from megatron_moe.data.parts import check_parts
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.staging import staging, sync_folder
 from megatron_moe.data.tokenizer_training import train_sentencepiece
@@ -59,6 +61,7 @@ def prepare(experiment: Experiment, root: Path) -> Prepared:
         vocab_size = _vocab_size(experiment, tokenizer)
         with _naming("data.path"):
             manifest = check_token_files(Path(data.path), tokenizer, made_here)
+        check_parts(experiment, open_token_files(Path(data.path)).lengths())
         return Prepared(Path(data.path), tokenizer, manifest, vocab_size, made_here / "index")
     if data.prepare is None:
         raise InputError("data.path: nothing to read; set it, or data.prepare.input, or data.kind: mock")
@@ -74,6 +77,7 @@ def _from_text(experiment: Experiment, section: Prepare, spec: TokenizerSection,
     tokenizer = _tokenizer_in(folder, spec)
     with _naming("data.prepare", f"; remove the folder {folder}, and it is made again"):
         manifest = check_token_files(folder / _TOKENS, tokenizer, folder)
+    check_parts(experiment, open_token_files(folder / _TOKENS).lengths())
     return Prepared(
         folder / _TOKENS, tokenizer, manifest, _vocab_size(experiment, tokenizer), folder / "index"
     )

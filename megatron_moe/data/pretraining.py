@@ -16,10 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
@@ -30,11 +26,10 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.data.batches import Samples
 from megatron_moe.data.indexed import bin_path, idx_path
 from megatron_moe.data.mock import MockDataset
+from megatron_moe.data.parts import check_parts, part_bounds
 from megatron_moe.data.prepare import Prepared
 from megatron_moe.data.staging import staging
 from megatron_moe.data.tokenizers import Tokenizer
-
-_PARTS = {Split.train: "training", Split.valid: "validation"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,7 @@ def build_datasets(experiment: Experiment, prepared: Prepared) -> Datasets:
             # 0.19 says so for each line that it would log, where torch.distributed is not set up.
             warnings.filterwarnings("ignore", "Could not determine rank")
             tokens = IndexedDataset(str(prepared.prefix))
+            check_parts(experiment, tokens.sequence_lengths)
             parts = {split: _gpt_dataset(experiment, prepared, tokens, split) for split in needed}
     return Datasets(parts[Split.train], parts.get(Split.valid))
 
@@ -129,27 +125,8 @@ def _split_text(experiment: Experiment) -> str:
 def _documents(
     experiment: Experiment, prepared: Prepared, tokens: IndexedDataset, split: Split
 ) -> NDArray[np.int32]:
-    """The documents of one part: Megatron-Core's split by sequences in file order. InputError if they give no
-    sample."""
-    if not any(experiment.data.split):
-        raise InputError("data.split: all weights are 0; set for example [95, 5]")
-    bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(_split_text(experiment)))[
-        split.value
-    ]
-    begin, end = (round(bound * len(tokens)) for bound in bounds or (0, 0))
-    found = int(tokens.sequence_lengths[begin:end].sum())
-    seq_length = experiment.training.seq_length
-    if found <= seq_length:
-        hint = f"training.seq_length below {found}" if found > 2 else "another data.split"
-        if split is Split.valid:
-            hint += ", leave training.eval_interval out"
-        if len(tokens) < 100:
-            hint += ", or more and smaller documents (data.prepare.documents: paragraph)"
-        raise InputError(
-            f"data.split: the {_PARTS[split]} part of {experiment.data.split} holds {end - begin:,} of "
-            f"{len(tokens):,} documents with {found:,} tokens, less than one sample of "
-            f"training.seq_length {seq_length} + 1; take {hint}"
-        )
+    """The documents of one part, by number."""
+    begin, end = part_bounds(experiment.data.split, len(tokens))[split.value]
     return np.arange(begin, end, dtype=np.int32)
 
 

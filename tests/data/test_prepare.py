@@ -230,19 +230,25 @@ def by_megatron(prefix: Path, documents: list[list[int]]) -> Path:
 def test_files_of_megatron_lm_are_accepted_and_read_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix = by_megatron(tmp_path / "lm", [[1, 1, 2, 256], [1, 3, 256]])
+    prefix = by_megatron(tmp_path / "lm", [[1, 1, 2, 256] * 8, [1, 3, 256] * 8])
     manifest = made(at_path(prefix, BYTES), tmp_path / "runs").manifest
     assert manifest is not None
-    assert (manifest.documents, manifest.tokens, manifest.tokenizer_sha256) == (2, 7, None)
+    assert (manifest.documents, manifest.tokens, manifest.tokenizer_sha256) == (2, 56, None)
     shares = np.array([3, 1, 1, 2]) / 7
     assert manifest.unigram_entropy_nats == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-12)
     monkeypatch.setattr("megatron_moe.data.existing._scan", None)
     assert made(at_path(prefix, BYTES), tmp_path / "runs").manifest == manifest
     monkeypatch.undo()
-    by_megatron(prefix, [[1, 1, 2, 256], [1, 3, 257]])
+    by_megatron(prefix, [[1, 1, 2, 256] * 8, [1, 3, 257] * 8])
     with pytest.raises(
         InputError, match=r"^data\.path: .*holds the token id 257, but data\.tokenizer has ids below 257"
     ):
+        made(at_path(prefix, BYTES), tmp_path / "runs")
+
+
+def test_a_part_without_a_sample_is_found_before_any_rank_starts(tmp_path: Path) -> None:
+    prefix = by_megatron(tmp_path / "lm", [[1, 2, 256] * 4, [1, 3, 256]])
+    with pytest.raises(InputError, match=r"^data\.split: the training part .*training\.seq_length below 15"):
         made(at_path(prefix, BYTES), tmp_path / "runs")
 
 

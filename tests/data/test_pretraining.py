@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from data_samples import experiment, names, write_text
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Data, Experiment, Tokenizer
 from megatron_moe.data.batches import Samples
+from megatron_moe.data.parts import part_bounds
 from megatron_moe.data.prepare import Prepared, prepare
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.pretraining import Datasets, build_datasets
@@ -154,6 +157,24 @@ def test_a_part_too_small_for_one_sample_is_an_input_error(
 ) -> None:
     with pytest.raises(InputError, match=rf"^data\.split: .*{message}"):
         build_datasets(numbers(**options), prepared)
+
+
+@given(
+    weights=st.lists(st.floats(0, 100, allow_subnormal=False), min_size=3, max_size=3).filter(
+        lambda w: sum(w) > 1e-6
+    ),
+    documents=st.integers(1, 5000),
+)
+def test_parts_are_megatron_cores(weights: list[float], documents: int) -> None:
+    from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
+
+    matrix = convert_split_vector_to_split_matrix([weight / sum(weights) for weight in weights])
+    for bounds, part in zip(matrix, part_bounds(weights, documents), strict=True):
+        if bounds is not None:
+            # Sums may round elsewhere: a document more or less at most.
+            assert part == pytest.approx([round(bound * documents) for bound in bounds], abs=1)
+        else:
+            assert part[0] == part[1]
 
 
 def test_the_length_that_the_error_names_works(prepared: Prepared) -> None:
