@@ -138,7 +138,7 @@ def test_an_override_takes_the_experts_away_and_brings_them_back(tmp_path: Path)
         ("training.seed=[1", "override training.seed: is not YAML"),
         (
             "training.seed=",
-            "override training.seed: must be a whole number of at least 0 (null); for example 1234",
+            "override training.seed: must be a whole number of at least 0 and of at most 4294967295 (null); for example 1234",
         ),
         ("extends=x.yaml", "override extends: files are composed by the YAML file alone"),
         ("optimizer=null", "override optimizer: must be a section"),
@@ -212,7 +212,10 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         ("training.precision=BF16", 'one of auto, fp32, bf16 ("BF16"); write bf16'),
         ("optimizer.lr=0", "a number above 0 (0); for example 0.0003"),
         ("optimizer.lr=1,5", 'a number above 0 ("1,5"); for example 0.0003'),
-        ("training.seed=12,345", 'a whole number of at least 0 ("12,345"); write 12345 without quotes'),
+        (
+            "training.seed=12,345",
+            'a whole number of at least 0 and of at most 4294967295 ("12,345"); write 12345 without quotes',
+        ),
         ("optimizer.lr=.nan", "a number above 0 (NaN); for example 0.0003"),
         ("optimizer.adam_beta1=1", "a number of at least 0 and below 1 (1); for example 0.9"),
         (
