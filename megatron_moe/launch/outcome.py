@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moe.launch import exit_codes
-from megatron_moe.launch.reports import Report
+from megatron_moe.launch.reports import Report, waited_in_vain
 
 _LINES_OF_LOG = 20
 
@@ -81,8 +81,20 @@ def judge(
         return Outcome(exit_codes.FAILED, error="\n".join(report.problems), stopped=stopped)
     if report.kind == "returned":
         return Outcome(report.code, stopped=stopped)
+    if waited_in_vain(report):
+        return Outcome(exit_codes.FAILED, error=_hung(first.rank, exits, reports), stopped=stopped)
     return Outcome(
         exit_codes.FAILED, error=f"rank {first.rank} failed:\n{report.traceback.rstrip()}", stopped=stopped
+    )
+
+
+def _hung(waiting: int, exits: Sequence[Exit], reports: Mapping[int, Report]) -> str:
+    """A rank waited in vain: name those that said nothing until we ended them."""
+    silent = [str(end.rank) for end in exits if end.ended_by_us and end.rank not in reports]
+    who = f"rank {', '.join(silent)} did not answer" if silent else "no rank says why"
+    return (
+        f"rank {waiting} waited longer than resilience.collective_timeout_s for the others, and {who}. "
+        "If they only need longer, set it higher."
     )
 
 

@@ -24,6 +24,11 @@ _LOST_CONNECTION = re.compile(
     r"|remote process (exited|has terminated)|ncclRemoteError|[Tt]imed out waiting|[Ww]ait timeout",
 )
 
+_TIMED_OUT = re.compile(r"[Tt]imed out waiting|[Ww]ait timeout")
+_OUT_OF_MEMORY = re.compile(
+    r"^OutOfMemoryError|DefaultCPUAllocator: (can't allocate|not enough) memory|^MemoryError"
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -58,8 +63,28 @@ def of_exception(rank: int, error: BaseException, code: int) -> Report:
         return Report(rank, time.time(), "input", code, problems=tuple(error.problems))
     if isinstance(error, RunError):
         return Report(rank, time.time(), "outside", code, problems=(str(error),))
+    if (line := _known(error)) is not None:
+        return Report(rank, time.time(), "outside", code, problems=(f"rank {rank}: {line}",))
     kind: Kind = "secondary" if is_secondary(error) else "error"
     return Report(rank, time.time(), kind, code, traceback="".join(traceback.format_exception(error)))
+
+
+def _known(error: BaseException) -> str | None:
+    """One line for what needs no traceback."""
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more (broken pipe); send it to a file"
+    if _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        what = str(error).splitlines()[0]
+        return (
+            f"out of memory ({what}); a smaller training.micro_batch_size, recompute.layers_per_stage, "
+            "or more ranks need less on each"
+        )
+    return None
+
+
+def waited_in_vain(report: Report) -> bool:
+    """Whether the rank gave up waiting for another one."""
+    return report.kind == "secondary" and _TIMED_OUT.search(report.traceback) is not None
 
 
 def of_code(rank: int, code: int) -> Report:

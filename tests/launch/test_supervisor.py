@@ -106,6 +106,31 @@ def test_a_lost_connection_alone_is_shown(tmp_path):
     assert "Connection reset by peer" in outcome.error
 
 
+def test_a_rank_that_hangs_is_named_without_a_traceback(tmp_path):
+    body = """
+if rank == 1:
+    time.sleep(600)
+report(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"))
+"""
+    outcome = run(tmp_path, body)
+    assert outcome.exit_code == 1 and outcome.error.count("\n") == 0
+    assert "rank 0 waited longer than resilience.collective_timeout_s" in outcome.error
+    assert "rank 1 did not answer" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried 9 bytes")', "out of memory"),
+        ("BrokenPipeError(32, 'Broken pipe')", "nobody reads the output"),
+    ],
+)
+def test_what_needs_no_traceback_is_one_line(tmp_path, error, words):
+    outcome = run(tmp_path, f"report({error})", world_size=1)
+    assert (outcome.exit_code, outcome.error.count("\n")) == (1, 0)
+    assert outcome.error.startswith("rank 0: ") and words in outcome.error
+
+
 def test_input_errors_are_their_lines_and_exit_code_2(tmp_path):
     outcome = run(tmp_path, "report(InputError('data.path: gone', 'data.split: empty'), code=2)")
     assert outcome == Outcome(2, problems=("data.path: gone", "data.split: empty"))
