@@ -77,11 +77,6 @@ def destroy() -> None:
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
     gc.collect()
-    # Megatron-Core only forgets its groups; each still has threads that listen to every other rank.
-    world = dist.distributed_c10d._world
-    for group in list(world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
 
 
 def shutdown() -> None:
