@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is asked for, and print it."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/benchmark_training.py --repetitions 12 --steps 10",
+        epilog="example: python tools/benchmark_training.py --repetitions 60 --steps 2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "config", nargs="?", type=Path, default=QUICKSTART, help="default: configs/quickstart.yaml"
     )
-    parser.add_argument("--repetitions", type=int, default=12, help="of each measurement (default: 12)")
-    parser.add_argument("--steps", type=int, default=10, help="training steps a repetition (default: 10)")
+    parser.add_argument("--repetitions", type=int, default=60, help="of each measurement (default: 60)")
+    parser.add_argument("--steps", type=int, default=2, help="training steps a repetition (default: 2)")
     parser.add_argument("--only", choices=("training", "startup"), help="one of the two parts")
     args = parser.parse_args(argv)
 
@@ -128,7 +128,7 @@ def _startup_rows(config: Path, repetitions: int) -> list[list[str]]:
         for name, measure in answers.items():
             seconds[name].append(measure())
     # The first start of a machine's day reads libraries from the disk; these are later ones.
-    cold, warm = zip(*(first_step_s(config) for _ in range(max(1, repetitions // 4))), strict=True)
+    cold, warm = zip(*(first_step_s(config) for _ in range(max(1, repetitions // 12))), strict=True)
     seconds |= {
         "`train` to the first step, data prepared": list(warm),
         "`train` to the first step, data not prepared": list(cold),
