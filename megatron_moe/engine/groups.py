@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,17 +82,3 @@ def shutdown() -> None:
     """Leave torch.distributed."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def collection() -> Any:
-    """Megatron-Core's collection of all groups of this rank."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    return ProcessGroupCollection.use_mpu_process_groups()
-
-
-def any_rank(flag: bool, device: Device) -> bool:
-    """Whether `flag` is set on any rank; a collective over all ranks."""
-    value = torch.tensor([1 if flag else 0], dtype=torch.int32, device=device.torch_device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())

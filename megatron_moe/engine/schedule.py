@@ -88,14 +88,19 @@ def update(optimizer: Any) -> tuple[bool, float]:
     return bool(optimizer.step_with_ready_grads()), norm
 
 
-def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
-    """Sum of the last stages' reports over all replicas, on every rank."""
+def share_of_reports(reports: list[Tensor], device: torch.device) -> Tensor:
+    """[2] this rank's part of the sum of all reports; adding up all ranks' parts gives it once."""
     from megatron.core import parallel_state
 
-    total = torch.zeros(2, dtype=torch.float64, device=device)
     # The tensor-parallel ranks of a stage report the same: one speaks.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        total += torch.stack(reports).sum(0)
+        return torch.stack(reports).sum(0)
+    return torch.zeros(2, dtype=torch.float64, device=device)
+
+
+def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
+    """Sum of the last stages' reports over all replicas, on every rank."""
+    total = share_of_reports(reports, device)
     torch.distributed.all_reduce(total)
     return [float(value) for value in total]
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.engine.schedule import share_of_reports
 from megatron_moe.training.moe_sums import COLUMNS, MoESums, local_sums, split
 
 
@@ -45,14 +46,8 @@ def reduce_step(
     Args:
         reports: [loss sum, targets] a microbatch, on the last pipeline stage; else empty.
     """
-    from megatron.core import parallel_state
-
-    head = torch.zeros(3, dtype=torch.float64, device=device)
-    # The tensor-parallel ranks of a stage hold the same loss: one speaks.
-    if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
-        head[:2] = torch.stack(reports).sum(0)
-    head[2] = float(stop_requested)
-    parts = [head]
+    stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=device)
+    parts = [share_of_reports(reports, device), stop]
     if experiment.moe is not None:
         parts.append(local_sums(experiment, chunks, device).flatten())
     total = torch.cat(parts)

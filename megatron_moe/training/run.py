@@ -18,7 +18,6 @@ from megatron_moe.training.callbacks.metrics_file import MetricsFile
 from megatron_moe.training.callbacks.progress import ProgressBar
 from megatron_moe.training.callbacks.termination import Termination
 from megatron_moe.training.summary import say_beginning, say_summary
-from megatron_moe.training.trainer import Trainer
 
 DONE, START_AGAIN = 0, 75
 LOG = "log.txt"
@@ -57,6 +56,3 @@ def standard_callbacks(run_folder: Path) -> list[Callback]:
         *([MetricsFile(run_folder / "metrics.jsonl"), ProgressBar(run_folder / LOG)] if speaks else []),
         Checkpointing(),
     ]
-
-
-__all__ = ["DONE", "START_AGAIN", "Trainer", "train"]
