@@ -1,0 +1,97 @@
+"""The section `data`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_moe.config.schema.section import (
+    InputPath,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class Tokenizer(Section):
+    """How text becomes token ids."""
+
+    kind: Literal["sentencepiece", "huggingface", "tiktoken", "bytes"] = "sentencepiece"
+    """`sentencepiece` BPE, a Hugging Face `tokenizer.json`, `tiktoken` ranks, or raw UTF-8 `bytes` (ids
+    0-255, 256 ends a document)."""
+    model: InputPath | None = None
+    """The tokenizer's file: a sentencepiece model, a tokenizer.json or the folder it lies in, or ranks of
+    tiktoken's form. Default: a sentencepiece model that is trained on the text that is prepared."""
+    vocab_size: PositiveInt | None = None
+    """Ids of a sentencepiece model that is trained here."""
+    eod: Annotated[str, Field(min_length=1)] | None = None
+    """The token that ends a document, as text. Default: the one that the tokenizer's files name as end of
+    text; tiktoken's ranks name none."""
+    pattern: Annotated[str, Field(min_length=1)] | None = None
+    """Regular expression that cuts text before tiktoken's ranks merge bytes: gpt2, cl100k_base, o200k_base,
+    or an expression. Default: cl100k_base."""
+
+
+class Prepare(Section):
+    """Raw text from which `train` and `verify` make the token files themselves, once, before any rank
+    starts."""
+
+    input: Annotated[list[InputPath], Field(min_length=1)]
+    """Text (.txt), jsonl or parquet files, the first two also as .gz or .zst; folders, of which all such
+    files are taken, and globs such as `web/*.jsonl.zst`."""
+    json_key: str = "text"
+    """The key of a jsonl record, or the column of a parquet file, that holds the text."""
+    documents: Literal["file", "line", "paragraph"] = "file"
+    """What one document is in a text file: the file, a line, or what stands between blank lines. A jsonl or
+    parquet record is one document."""
+    append_eod: bool = True
+    """Put the end-of-document id behind each document."""
+    bad_records: Literal["error", "skip"] = "error"
+    """What happens at a record that cannot be read or has no text: stop and name it, or leave it out; skipped
+    ones are counted and the first ones named."""
+
+
+class Source(Section):
+    """One source of a blend."""
+
+    path: InputPath | None = None
+    """Token files in Megatron's format, without .bin/.idx."""
+    prepare: Prepare | None = None
+    """Raw text to make the token files from, instead of path."""
+    weight: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] | None = (
+        None
+    )
+    """Share of the samples that come from here, in proportion to the other sources; a list: one weight for
+    each of the training, validation (and test) parts. Default: in proportion to the source's samples times
+    epochs."""
+    epochs: PositiveFloat | None = None
+    """Instead of weight: how often this source is seen while one of epochs 1 is seen once."""
+    split: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] | None = None
+    """Weights of the parts of this source: `[0, 100]` makes it a source of validation only. Default:
+    data.split."""
+
+
+class Data(Section):
+    """What the model reads."""
+
+    kind: Literal["pretraining", "mock"] = "pretraining"
+    """`pretraining` reads token files; `mock` makes random tokens for benchmarks."""
+    path: InputPath | None = None
+    """Token files in Megatron's format, without .bin/.idx. Default: made from data.prepare."""
+    prepare: Prepare | None = None
+    """Raw text to make the token files from."""
+    blend: Annotated[dict[str, Source], Field(min_length=1)] | None = None
+    """Several sources by name, instead of path and prepare."""
+    tokenizer: Tokenizer = Field(default_factory=Tokenizer)
+    """The tokenizer; its hash must be that of the token files."""
+    split: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] = Field(default=[95.0, 5.0])
+    """Weights of the training, validation (and test) parts, by documents in file order."""
+    eod_mask_loss: bool = False
+    """Leave the end of a document out of the loss."""
+    reset_position_ids: bool = False
+    """Positions begin anew behind each end of a document inside a sample."""
+    reset_attention_mask: bool = False
+    """No token sees past the end of a document before it: the documents packed into a sample don't see each
+    other."""

@@ -1,0 +1,62 @@
+"""The section `model`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megatron_moe.config.schema.section import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class Model(Section):
+    """The transformer."""
+
+    num_layers: PositiveInt
+    """Transformer layers."""
+    hidden_size: PositiveInt
+    """Width h of the residual stream."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_query_groups: PositiveInt | None = None
+    """Key and value heads (grouped-query attention). Default: num_attention_heads."""
+    kv_channels: PositiveInt | None = None
+    """Width of one attention head. Default: hidden_size / num_attention_heads."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Inner width of a dense feed-forward layer. Default: 4 x hidden_size."""
+    vocab_size: PositiveInt | None = None
+    """Token ids the model knows, before padding. Default: the tokenizer's."""
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The vocabulary is padded to a multiple of this. Unlike in Megatron-LM it does not depend on the
+    tensor-parallel size, so that a checkpoint fits every layout."""
+    max_position_embeddings: PositiveInt | None = None
+    """Longest sequence that positions are defined for. Default: training.seq_length."""
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    """How positions reach the model."""
+    rotary_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies (theta)."""
+    rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of each head that is rotated."""
+    apply_rope_fusion: bool = False
+    """Rotate in one kernel. Needs Transformer Engine and a GPU."""
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    """Normalisation of every layer's inputs and of the final output."""
+    layernorm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance."""
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] = "swiglu"
+    """Feed-forward activation, dense layers and experts alike."""
+    untie_embeddings_and_output_weights: bool = True
+    """Whether the output layer has a weight of its own."""
+    init_method_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream take std / sqrt(2
+    num_layers)."""
+    hidden_dropout: Fraction = 0.0
+    """Dropout on each residual branch."""
+    attention_dropout: Fraction = 0.0
+    """Dropout on attention probabilities."""
+    spec: Literal["native", "transformer_engine"] = "native"
+    """Which building blocks. `native` needs neither Transformer Engine nor apex. Recorded in the checkpoint;
+    never chosen by what happens to be installed."""
+    megatron_core: dict[str, Any] = Field(default_factory=dict)
+    """Any further field of Megatron-Core's `TransformerConfig`, checked by name and type against the
+    installed version."""

@@ -1,0 +1,23 @@
+"""What all sections share: strictness, and the types of their numbers and paths."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+InputPath = Annotated[str, Field(min_length=1, json_schema_extra={"path": "input"})]
+"""A path that the experiment reads. In a YAML file it is relative to that file, as an override to the working
+directory."""
+
+
+class Section(BaseModel):
+    """Strict, frozen, closed to unknown keys; the docstring under a field is its description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
