@@ -36,6 +36,8 @@ CLONE = Path(__file__).resolve().parents[1]
 FIRST_PAIR, SECOND_PAIR = "3.11", "3.12"
 # Python 3.13 stands in for the second pair on a machine that has no other, under the same constraints.
 CONSTRAINTS = {"3.11": "python3.11.txt", "3.12": "python3.12.txt", "3.13": "python3.12.txt"}
+# The optional dependencies that are installed with --dev: the tests cover what they add.
+WITH_DEV = ("dev", "parquet", "zstd", "huggingface", "tiktoken", "tensorboard")
 NO_INTERPRETER = 3
 # Lies in each layer: empty while the layer is being made, what it was made from once it is complete.
 NOTE = "environment.json"
@@ -79,6 +81,11 @@ def requirements(name: str) -> list[str]:
     return [item for line in lines for item in re.findall(r'"([^"]+)"', line)]
 
 
+def dev_requirements() -> list[str]:
+    """What --dev adds to the dependencies."""
+    return [item for name in WITH_DEV for item in requirements(name)]
+
+
 def constraints(interpreter: Interpreter) -> Path:
     """The file that pins every package for this interpreter."""
     return CLONE / "constraints" / CONSTRAINTS[interpreter.minor]
@@ -87,7 +94,7 @@ def constraints(interpreter: Interpreter) -> Path:
 def dependency_key(interpreter: Interpreter) -> str:
     """Name of the dependency layer: another requirement, pin, interpreter or machine makes another name."""
     parts = [constraints(interpreter).read_text(encoding="utf-8"), *interpreter[:3]]
-    parts += requirements("requires") + requirements("dependencies") + requirements("dev")
+    parts += requirements("requires") + requirements("dependencies") + dev_requirements()
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return f"{interpreter.minor}-{digest[:12]}"
 
@@ -295,7 +302,7 @@ def make_environment(folder: Path, pair: str | None, dev: bool) -> None:
     packages = requirements("dependencies") + requirements("requires")
     layers = [make_dependencies(interpreter, key, packages, None)]
     if dev:
-        layers.append(make_dependencies(interpreter, key + "-dev", requirements("dev"), layers[0]))
+        layers.append(make_dependencies(interpreter, key + "-dev", dev_requirements(), layers[0]))
     with making(folder, made_from(interpreter, dev, layers)) as lock:
         if lock is None:
             return

@@ -49,7 +49,10 @@ def name_of(requirement: str) -> str:
 def test_requirements_are_those_that_pip_reads():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     assert environment.requirements("dependencies") == project["project"]["dependencies"]
-    assert environment.requirements("dev") == project["project"]["optional-dependencies"]["dev"]
+    extras = project["project"]["optional-dependencies"]
+    assert {name: environment.requirements(name) for name in environment.WITH_DEV} == {
+        name: items for name, items in extras.items() if name != "all"
+    }
     assert environment.requirements("requires") == project["build-system"]["requires"]
 
 
@@ -58,7 +61,7 @@ def test_constraints_pin_every_requirement_to_one_public_version(file):
     lines = (REPOSITORY / "constraints" / file).read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", pin) for pin in pins)
-    wanted = [environment.requirements(name) for name in ("requires", "dependencies", "dev")]
+    wanted = [environment.requirements(name) for name in ("requires", "dependencies", *environment.WITH_DEV)]
     assert {name_of(item) for items in wanted for item in items} <= {name_of(pin) for pin in pins}
 
 
