@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -30,8 +31,21 @@ _MOST_IDS = 10_000_000
 """Far above any tokenizer; with more, sentencepiece does not come back for minutes."""
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Files to learn from."""
+
+    inputs: Sequence[str]
+    json_key: str = "text"
+
+
 def train_sentencepiece(inputs: Sequence[str], vocab_size: int, output: Path, json_key: str = "text") -> None:
-    """Train a BPE model of exactly `vocab_size` ids on the text of `inputs` and write it to `output`, whole
+    """`train_on` the text of these files."""
+    train_on([Corpus(inputs, json_key)], vocab_size, output)
+
+
+def train_on(corpora: Sequence[Corpus], vocab_size: int, output: Path) -> None:
+    """Train a BPE model of exactly `vocab_size` ids on the text of `corpora` and write it to `output`, whole
     or not at all.
 
     The text is taken as it is, and what has no piece is spelled in bytes: every text comes back from its ids
@@ -40,7 +54,7 @@ def train_sentencepiece(inputs: Sequence[str], vocab_size: int, output: Path, js
     the same bytes.
     InputError for inputs as `preprocess`, and for a vocabulary that is too large or too small for the text.
     """
-    model = _train(_sentences(inputs, json_key), vocab_size)
+    model = _train(_sentences(corpora), vocab_size)
     with staging(output, wait=False) as folder:
         try:
             with (folder / output.name).open("wb") as stream:
@@ -114,16 +128,22 @@ def _explained(message: str, vocab_size: int) -> Exception:
     return RuntimeError(f"sentencepiece could not train a tokenizer: {message}")
 
 
-def _sentences(inputs: Sequence[str], json_key: str) -> Iterator[str]:
-    for path in inputs:
-        left = TRAINING_BYTES // len(inputs)
-        with contextlib.closing(InputFile(path)) as file:
-            for chunk in file.chunks("line", may_split=True):
-                for text in texts(chunk, json_key):
-                    yield from _pieces(text)
-                left -= len(chunk.payload)
-                if left <= 0:
-                    break
+def _sentences(corpora: Sequence[Corpus]) -> Iterator[str]:
+    share = TRAINING_BYTES // sum(len(corpus.inputs) for corpus in corpora)
+    for corpus in corpora:
+        for path in corpus.inputs:
+            yield from _beginning(path, corpus.json_key, share)
+
+
+def _beginning(path: str, json_key: str, at_most_bytes: int) -> Iterator[str]:
+    left = at_most_bytes
+    with contextlib.closing(InputFile(path)) as file:
+        for chunk in file.chunks("line", may_split=True):
+            for text in texts(chunk, json_key):
+                yield from _pieces(text)
+            left -= len(chunk.payload)
+            if left <= 0:
+                break
 
 
 def _pieces(text: str) -> Iterator[str]:

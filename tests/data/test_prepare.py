@@ -45,11 +45,12 @@ def test_text_becomes_token_files_with_a_tokenizer_of_its_own(tmp_path: Path) ->
     data = from_text(str(SHAKESPEARE), Tokenizer(vocab_size=500), documents="paragraph")
     prepared = made(data, tmp_path)
     folder = folder_of(prepared)
-    assert names(tmp_path / "_prepared") == {folder.name}
-    assert folder.name.startswith("tinyshakespeare-")
+    (tokenizer_folder,) = names(tmp_path / "_prepared") - {folder.name}
+    assert folder.name.startswith("tinyshakespeare-") and tokenizer_folder.startswith("tokenizer-")
     assert prepared.vocab_size == 500
     assert prepared.tokenizer is not None and prepared.manifest is not None
-    assert prepared.tokenizer.sha256 == SentencePieceTokenizer(folder / "tokenizer.model").sha256
+    model = tmp_path / "_prepared" / tokenizer_folder / "tokenizer.model"
+    assert prepared.tokenizer.sha256 == SentencePieceTokenizer(model).sha256
     assert prepared.manifest.tokenizer_sha256 == prepared.tokenizer.sha256
     first = np.fromfile(f"{prepared.prefix}.bin", np.uint16)[:100].tolist()
     assert prepared.tokenizer.decode(first[: first.index(prepared.tokenizer.eod)]) == (
@@ -66,7 +67,7 @@ def test_a_second_call_finds_what_was_made_and_writes_nothing(tmp_path: Path, te
 
 
 def test_the_folder_is_named_by_all_that_its_content_depends_on(tmp_path: Path, text: str) -> None:
-    train_sentencepiece([text], 280, tmp_path / "x.model")
+    train_sentencepiece([text], 282, tmp_path / "x.model")
     other_text = write_text(tmp_path / "other.txt", "Other text.\n" * 50)
     variants = [
         from_text(text),
@@ -105,7 +106,7 @@ def test_processes_that_come_at_once_make_it_once(tmp_path: Path) -> None:
     answers = [caller.communicate() for caller in callers]
     assert len({out for out, _ in answers}) == 1 and answers[0][0]
     assert [err.count("tokenized") for _, err in answers].count(1) == 1, "one of them did the work"
-    assert len(names(tmp_path / "runs" / "_prepared")) == 1
+    assert len(names(tmp_path / "runs" / "_prepared")) == 2
 
 
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, text: str) -> None:

@@ -1,0 +1,156 @@
+"""Raw text to token files under a run root, once: found again by what they were made of.
+
+One call prepares one source, so that `data.prepare` and each source of a blend are made by the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.errors import InputError
+from megatron_moe.config.schema import Prepare
+from megatron_moe.config.schema import Tokenizer as TokenizerSection
+from megatron_moe.data.documents import SUFFIXES, file_sha256
+from megatron_moe.data.existing import check_token_files
+from megatron_moe.data.manifest import FORMAT_VERSION, Manifest
+from megatron_moe.data.preprocess import preprocess
+from megatron_moe.data.staging import staging, sync_folder
+from megatron_moe.data.tokenizer_training import Corpus, train_on
+from megatron_moe.data.tokenizers import Tokenizer, load_tokenizer
+
+_TOKENS = "tokens"
+_TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """Token files that were made here."""
+
+    folder: Path
+    """Theirs alone; what follows from them, such as sample indices, may be kept there."""
+    prefix: Path
+    """The token files, without .bin/.idx."""
+    manifest: Manifest
+
+
+def prepare_tokenizer(spec: TokenizerSection, sections: Mapping[str, Prepare], made_here: Path) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names, or else one that is trained on the text of all `sections`.
+
+    Args:
+        sections: by their dotted key, such as data.prepare or data.blend.web.prepare, which errors name.
+        made_here: folder for what is made, `<logging.root>/_prepared`.
+
+    InputError, naming the keys, for a file that is no such tokenizer, and for text that gives none.
+    """
+    if not is_trained_here(spec):
+        return load(spec)
+    if spec.vocab_size is None:
+        raise InputError(
+            "data.tokenizer.vocab_size: needed to train a sentencepiece tokenizer, for example 1024"
+        )
+    inputs = [[*_inputs(section, key), section.json_key] for key, section in sections.items()]
+    folder = made_here / _named("tokenizer", {"inputs": inputs, "vocab_size": spec.vocab_size})
+    with _made_once(folder) as ready:
+        if ready is not None:
+            _train(spec.vocab_size, sections, ready / _TOKENIZER)
+    with naming("data.tokenizer"):
+        return load_tokenizer(spec.kind, folder / _TOKENIZER)
+
+
+def prepare_text(section: Prepare, tokenizer: Tokenizer, made_here: Path, key: str) -> PreparedText:
+    """The token files of the text that `section` names, made if they are not there, and checked.
+
+    Any number of processes may call this at once: one of them makes what is missing, the others wait for it.
+
+    Args:
+        made_here: folder for what is made, `<logging.root>/_prepared`.
+        key: dotted key of `section`, which errors name.
+    """
+    inputs = _inputs(section, key)
+    options = {name: getattr(section, name) for name in ("json_key", "documents", "append_eod")}
+    content = {"inputs": inputs, **options, "tokenizer": [tokenizer.kind, tokenizer.sha256]}
+    folder = made_here / _named(_corpus(section.input[0]), content)
+    with _made_once(folder) as ready:
+        if ready is not None:
+            with naming(key):
+                manifest = preprocess(section.input, ready / _TOKENS, tokenizer, **options)
+            if [source.sha256 for source in manifest.inputs] != [digest for _, digest in inputs]:
+                raise InputError(f"{key}.input: a file changed while it was read; start again")
+    with naming(key, f"; remove the folder {folder}, and it is made again"):
+        manifest = check_token_files(folder / _TOKENS, tokenizer, folder)
+    return PreparedText(folder, folder / _TOKENS, manifest)
+
+
+def is_trained_here(spec: TokenizerSection) -> bool:
+    """Whether the tokenizer is one to train on the text that is prepared."""
+    return spec.kind == "sentencepiece" and spec.model is None
+
+
+def load(spec: TokenizerSection) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names. InputError, naming the key, if it cannot be used."""
+    with naming("data.tokenizer.model"):
+        return load_tokenizer(spec.kind, spec.model)
+
+
+@contextlib.contextmanager
+def naming(key: str, hint: str = "") -> Iterator[None]:
+    """Put the key of the YAML in front of each problem, and `hint` behind it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(f"{key}: {problem}{hint}" for problem in error.problems)) from None
+
+
+def _inputs(section: Prepare, key: str) -> list[tuple[str, str]]:
+    """Type and hash of each input: their names don't matter, as files may move."""
+    with naming(f"{key}.input"):
+        return [(_suffix(path), file_sha256(path)) for path in section.input]
+
+
+def _named(name: str, content: Mapping[str, Any]) -> str:
+    """A name that says what a folder holds, and everything that the content depends on, as a hash."""
+    spec = json.dumps({"format": FORMAT_VERSION, **content}, sort_keys=True)
+    return f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}"
+
+
+def _corpus(path: str) -> str:
+    name = Path(path).name
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name.removesuffix(_suffix(name))) or "corpus"
+
+
+def _suffix(path: str) -> str:
+    return next((path[-len(suffix) :] for suffix in reversed(SUFFIXES) if path.lower().endswith(suffix)), "")
+
+
+@contextlib.contextmanager
+def _made_once(folder: Path) -> Iterator[Path | None]:
+    """Hands out an empty folder that becomes `folder` when the block ends; None if it is there already."""
+    if folder.is_dir():
+        yield None
+        return
+    with staging(folder, wait=True) as aside:
+        if folder.is_dir():  # another process made it while this one waited
+            yield None
+            return
+        ready = aside / "ready"
+        ready.mkdir()
+        yield ready
+        ready.rename(folder)
+        sync_folder(folder.parent)
+
+
+def _train(vocab_size: int, sections: Mapping[str, Prepare], output: Path) -> None:
+    corpora = [Corpus(section.input, section.json_key) for section in sections.values()]
+    try:
+        train_on(corpora, vocab_size, output)
+    except InputError as error:
+        problem = str(error)
+        key = "data.tokenizer." if problem.startswith("vocab_size:") else f"{' and '.join(sections)}: "
+        raise InputError(key + problem) from None
