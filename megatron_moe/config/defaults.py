@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.keys import leaves
-from megatron_moe.config.origin import Problem
+from megatron_moe.config.layout_string import LayoutMistake, layers_of
+from megatron_moe.config.origin import Problem, shown
 from megatron_moe.config.schema import Experiment
 
 BYTES_VOCAB_SIZE = 257
@@ -37,6 +38,8 @@ class Filled:
     experiment: Experiment
     derived: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
+    as_written: dict[str, str] = field(default_factory=dict)
+    """The layout string by its key, where a list of layers took its place."""
     partial: bool = False
     """The experiment lacks keys, broken or underivable ones: reading one raises AttributeError."""
 
@@ -49,7 +52,7 @@ def fill(experiment: Experiment, world_size: int | None = None) -> Experiment:
     """
     filled = attempt(experiment, world_size)
     if filled.partial or filled.problems:
-        values = dict(leaves(filled.experiment))
+        values = dict(leaves(filled.experiment)) | filled.as_written
         raise ConfigError(*(problem.render(values, {}) for problem in filled.problems))
     return filled.experiment
 
@@ -57,6 +60,8 @@ def fill(experiment: Experiment, world_size: int | None = None) -> Experiment:
 def attempt(experiment: Experiment, world_size: int | None = None, partial: bool = False) -> Filled:
     """`fill` as far as it goes: what depends on a key that a `partial` experiment lacks is left out."""
     filled = Filled(experiment, partial=partial)
+    with contextlib.suppress(AttributeError) if partial else contextlib.nullcontext():
+        _read_layout_string(filled)
     for key, derive in DERIVED_KEYS:
         try:
             if _given(filled.experiment, key):
@@ -75,6 +80,28 @@ def attempt(experiment: Experiment, world_size: int | None = None, partial: bool
     with contextlib.suppress(AttributeError) if filled.partial else contextlib.nullcontext():
         filled.problems += world_size_contradicted(filled.experiment, world_size)
     return filled
+
+
+def _read_layout_string(filled: Filled) -> None:
+    """Put the layers of each stage in the place of a layout string. VPP follows from it unless it is given,
+    as in Megatron."""
+    key, virtual = "pipeline.layers_per_stage", "parallel.virtual_pipeline_model_parallel_size"
+    text = filled.experiment.pipeline.layers_per_stage
+    if not isinstance(text, str):
+        return
+    try:
+        layers = layers_of(text)
+    except LayoutMistake as mistake:
+        filled.problems.append(Problem((key,), f"{shown(text)} {mistake.reason}", mistake.remedy))
+        filled.experiment, filled.partial = _without(filled.experiment, key), True
+        return
+    filled.experiment = _with(filled.experiment, key, layers)
+    filled.as_written[key] = text
+    parallel = filled.experiment.parallel
+    if parallel.virtual_pipeline_model_parallel_size is None:
+        chunks, rest = divmod(len(layers), parallel.pipeline_model_parallel_size)
+        filled.experiment = _with(filled.experiment, virtual, 1 if rest else chunks)
+        filled.derived.add(virtual)
 
 
 def _given(experiment: Experiment, key: str) -> bool:

@@ -6,6 +6,7 @@ TP, PP, VPP, CP, DP, EP, ETP as in the schema.
 from __future__ import annotations
 
 from megatron_moe.config.defaults import divisors_of, nearest_multiples
+from megatron_moe.config.layout_string import layers_per_stage
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import CP, DP, EP, ETP, PP, SP, TP, VPP, Problems, divides, set_value
 from megatron_moe.config.schema import Experiment
@@ -84,27 +85,27 @@ def vpp_needs_pp(e: Experiment) -> Problems:
 
 
 def stages_add_up(e: Experiment) -> Problems:
-    """Each layer is in exactly one stage, and each stage has one."""
-    layers, key = set_value(e.pipeline.layers_per_stage), "pipeline.layers_per_stage"
+    """Each layer is in exactly one stage; only beside the embedding and beside the loss there may be none."""
+    layers, key = layers_per_stage(e), "pipeline.layers_per_stage"
     pp, vpp = (
         e.parallel.pipeline_model_parallel_size,
         set_value(e.parallel.virtual_pipeline_model_parallel_size),
     )
     if len(layers) != pp * vpp:
-        text = f"has {len(layers)} entries and not {pp * vpp}, {PP} times {VPP}"
-        yield Problem((key, PP, VPP), text, f"give it {pp * vpp} entries that add up to {e.model.num_layers}")
+        text = f"makes the number of stages {len(layers)} and not {pp * vpp}, {PP} times {VPP}"
+        yield Problem((key, PP, VPP), text, f"give it {pp * vpp} that add up to {e.model.num_layers} layers")
     elif sum(layers) != e.model.num_layers:
-        text = f"adds up to {sum(layers)} and not to model.num_layers"
+        text = f"adds up to {sum(layers)} layers and not to model.num_layers"
         even = [(e.model.num_layers + stage) // len(layers) for stage in range(len(layers))][::-1]
         yield Problem((key, "model.num_layers"), text, f"for example {even}")
-    elif 0 in layers:
-        text = f"leaves stage {layers.index(0) + 1} without a layer"
-        yield Problem((key,), text, "give each stage at least 1 layer, or use fewer stages")
+    elif 0 in layers[1:-1]:
+        text = f"leaves stage {layers.index(0, 1) + 1} without a layer, embedding or loss"
+        yield Problem((key,), text, "give it at least 1 layer, or use fewer stages")
 
 
 def recompute_within_stages(e: Experiment) -> Problems:
     """No more layers are recomputed than there are; `uniform` needs groups that come out even."""
-    counts, layers = set_value(e.recompute.layers_per_stage), set_value(e.pipeline.layers_per_stage)
+    counts, layers = set_value(e.recompute.layers_per_stage), layers_per_stage(e)
     key, stages, pp = (
         "recompute.layers_per_stage",
         "pipeline.layers_per_stage",
@@ -128,7 +129,9 @@ def recompute_within_stages(e: Experiment) -> Problems:
             groups = f"makes groups of {count} layers on pipeline rank {rank}"
             text = f"{groups}, which do not divide its {chunks[0]} by {stages}"
             yield Problem(
-                (key, stages), text, f"use {divisors_of(min(chunks))} there, or recompute.method block"
+                (key, stages),
+                text,
+                f"use {divisors_of(min(filter(None, chunks)))} there, or recompute.method block",
             )
 
 

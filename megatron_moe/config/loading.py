@@ -49,6 +49,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     written = {dotted(path): origin for path, origin in tree.origins.items()}
     provenance = {key: DERIVED if key in derived else written.get(key, DEFAULT) for key in values}
     problems = tree.problems + checked.problems
+    values |= filled.as_written
     problems += [problem.render(values, written | provenance, file) for problem in found]
     if problems:
         raise ConfigError(*sorted(problems, key=_position))

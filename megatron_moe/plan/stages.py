@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_moe.config.layout_string import layers_per_stage
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.layout import Layout
 
@@ -43,9 +44,9 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
     """The PP x VPP stages of a filled experiment in token order: stage i is chunk i // PP of rank i % PP."""
     layout = Layout.of(experiment)
     pipeline_size = layout.pipeline_model_parallel_size
-    sizes = experiment.pipeline.layers_per_stage
+    sizes = layers_per_stage(experiment)
     recompute_counts = experiment.recompute.layers_per_stage
-    assert sizes is not None and len(sizes) == layout.num_stages
+    assert len(sizes) == layout.num_stages
     assert recompute_counts is not None and len(recompute_counts) == pipeline_size
 
     with_experts = frozenset(moe_layers(experiment))

@@ -194,7 +194,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{PP}=2", "pipeline.layers_per_stage=[3, 2]"],
         ["pipeline.layers_per_stage=[3, 1]"],
         "pipeline.layers_per_stage",
-        "[3, 2] adds up to 5 and not to model.num_layers (4, experiment.yaml:2); for example [2, 2]",
+        "[3, 2] adds up to 5 layers and not to model.num_layers (4, experiment.yaml:2); for example [2, 2]",
     ),
     (
         "stages_add_up",
@@ -202,15 +202,15 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{PP}=2", "pipeline.layers_per_stage=[4]"],
         ["pipeline.layers_per_stage=[3, 1]"],
         "pipeline.layers_per_stage",
-        "has 1 entries and not 2",
+        "makes the number of stages 1 and not 2",
     ),
     (
         "stages_add_up",
         DENSE,
-        [f"{PP}=2", "pipeline.layers_per_stage=[4, 0]"],
-        ["pipeline.layers_per_stage=[3, 1]"],
+        [f"{PP}=4", "pipeline.layers_per_stage=[0, 4, 0, 0]"],
+        ["pipeline.layers_per_stage=[0, 2, 2, 0]"],
         "pipeline.layers_per_stage",
-        "leaves stage 2 without a layer",
+        "leaves stage 3 without a layer, embedding or loss",
     ),
     (
         "recompute_within_stages",
