@@ -17,6 +17,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.keys import leaves
 from megatron_moe.config.layout_string import LayoutMistake, layers_of
 from megatron_moe.config.origin import Problem, shown
+from megatron_moe.config.reads import with_reads
 from megatron_moe.config.schema import Experiment
 
 BYTES_VOCAB_SIZE = 257
@@ -36,7 +37,8 @@ class Filled:
     """An experiment with its derived defaults, and what stood in the way of some."""
 
     experiment: Experiment
-    derived: set[str] = field(default_factory=set)
+    derived: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Each key that was filled in -> the keys that its value follows from."""
     problems: list[Problem] = field(default_factory=list)
     as_written: dict[str, str] = field(default_factory=dict)
     """The layout string by its key, where a list of layers took its place."""
@@ -66,7 +68,7 @@ def attempt(experiment: Experiment, world_size: int | None = None, partial: bool
         try:
             if _given(filled.experiment, key):
                 continue
-            value = derive(filled.experiment, world_size)
+            value, keys = with_reads(derive, filled.experiment, world_size)
         except Underivable as error:
             filled.problems += [error.problem] if error.problem else []
             filled.experiment, filled.partial = _without(filled.experiment, key), True
@@ -76,7 +78,9 @@ def attempt(experiment: Experiment, world_size: int | None = None, partial: bool
             filled.experiment = _without(filled.experiment, key)
         else:
             filled.experiment = _with(filled.experiment, key, value)
-            filled.derived.add(key)
+            filled.derived[key] = keys
+            if world_size is not None and key == "parallel.data_parallel_size":
+                filled.derived[key] += ("the number of ranks",)
     with contextlib.suppress(AttributeError) if filled.partial else contextlib.nullcontext():
         filled.problems += world_size_contradicted(filled.experiment, world_size)
     return filled
@@ -101,7 +105,7 @@ def _read_layout_string(filled: Filled) -> None:
     if parallel.virtual_pipeline_model_parallel_size is None:
         chunks, rest = divmod(len(layers), parallel.pipeline_model_parallel_size)
         filled.experiment = _with(filled.experiment, virtual, 1 if rest else chunks)
-        filled.derived.add(virtual)
+        filled.derived[virtual] = (key,)
 
 
 def _given(experiment: Experiment, key: str) -> bool:
@@ -233,6 +237,11 @@ def _warmup_iters(e: Experiment, world_size: int | None) -> int:
     return round((e.optimizer.lr_warmup_fraction or 0.0) * e.optimizer.lr_decay_iters)
 
 
+def _wsd_decay_iters(e: Experiment, world_size: int | None) -> int | None:
+    assert e.optimizer.lr_decay_iters is not None
+    return max(1, round(e.optimizer.lr_decay_iters / 10)) if e.optimizer.lr_decay_style == "WSD" else None
+
+
 def _moe_ffn_hidden_size(e: Experiment, world_size: int | None) -> int | None:
     return e.model.ffn_hidden_size
 
@@ -253,6 +262,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("recompute.layers_per_stage", lambda e, _: [0] * e.parallel.pipeline_model_parallel_size),
     ("optimizer.lr_decay_iters", lambda e, _: e.training.train_iters),
     ("optimizer.lr_warmup_iters", _warmup_iters),
+    ("optimizer.lr_wsd_decay_iters", _wsd_decay_iters),
 ]
 
 

@@ -20,7 +20,7 @@ def to_yaml(experiment: Experiment, provenance: Mapping[str, Origin] | None = No
     lines: list[str] = []
     for key, text in _lines(experiment, "", 0):
         origin = provenance.get(key) if provenance else None
-        lines.append(text if origin is None else f"{text:<{_COMMENT_COLUMN}}  # {origin}")
+        lines.append(text if origin is None else f"{text:<{_COMMENT_COLUMN}}  # {origin.behind(key)}")
     return "\n".join(lines) + "\n"
 
 

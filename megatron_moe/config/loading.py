@@ -12,7 +12,7 @@ from megatron_moe.config.defaults import attempt
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.extends import read_text, read_with_bases
 from megatron_moe.config.keys import leaves
-from megatron_moe.config.origin import DEFAULT, DERIVED, Origin, dotted
+from megatron_moe.config.origin import DEFAULT, Origin, dotted
 from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
 
@@ -47,13 +47,20 @@ def load(path: str | Path, overrides: Sequence[str] = (), world_size: int | None
     found = [] if tree.incomplete else filled.problems + violations(experiment, filled.partial)
     values = dict(leaves(experiment))
     written = {dotted(path): origin for path, origin in tree.origins.items()}
-    provenance = {key: DERIVED if key in derived else written.get(key, DEFAULT) for key in values}
+    provenance = {
+        key: _derived(derived[key]) if key in derived else written.get(key, DEFAULT) for key in values
+    }
     problems = tree.problems + checked.problems
     values |= filled.as_written
     problems += [problem.render(values, written | provenance, file) for problem in found]
     if problems:
         raise ConfigError(*sorted(problems, key=_position))
     return Loaded(experiment, text, provenance)
+
+
+def _derived(keys: tuple[str, ...]) -> Origin:
+    """A default that follows from no other key is one like those in the schema."""
+    return Origin("derived", keys=keys) if keys else DEFAULT
 
 
 def _position(problem: str) -> tuple[bool, str, int]:

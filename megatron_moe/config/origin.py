@@ -14,15 +14,24 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """`file` with its name and line, `override` with its text, `default` of the schema, or `derived` from
-    other keys."""
+    """`file` with its name and line, `override` of the command line, `default` of the schema, or `derived`
+    from other keys."""
 
     kind: Literal["file", "override", "default", "derived"]
     file: str = ""
     line: int = 0
+    keys: tuple[str, ...] = ()
+    """What a derived value follows from."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}" if self.kind == "file" else self.kind
+
+    def behind(self, key: str) -> str:
+        """What stands behind the value of `key`; keys of the same section without its name."""
+        if self.kind != "derived":
+            return str(self)
+        section = key.rpartition(".")[0] + "."
+        return f"derived from {', '.join(other.removeprefix(section) for other in self.keys)}"
 
     def prefix(self) -> str:
         """What an error line about this value starts with; empty where no text of the user stands behind
@@ -33,7 +42,6 @@ class Origin:
 
 
 DEFAULT = Origin("default")
-DERIVED = Origin("derived")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment_files import DENSE, MOE, loaded
+from experiment_files import MOE, loaded
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,16 +65,3 @@ def test_a_layout_can_be_taken_out_of_the_resolved_text(tmp_path: Path) -> None:
         "recompute.layers_per_stage=null",
     ]
     assert load(tmp_path / "resolved.yaml", undone).experiment == loaded(tmp_path, MOE).experiment
-
-
-def test_provenance_stands_behind_each_value(tmp_path: Path) -> None:
-    result = loaded(tmp_path, DENSE, "training.seed=3")
-    lines = {
-        line.split(":")[0].strip(): line
-        for line in to_yaml(result.experiment, result.provenance).splitlines()
-    }
-    assert lines["seed"].split() == ["seed:", "3", "#", "override"]
-    assert lines["num_layers"].split() == ["num_layers:", "4", "#", f"{tmp_path}/experiment.yaml:2"]
-    assert lines["kv_channels"].endswith("# derived")
-    assert lines["lr"].endswith("# default")
-    assert lines["training"] == "training:"
