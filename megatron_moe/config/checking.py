@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
-from megatron_moe.config.keys import hints, known_keys, meant, section_in, value_at
+from megatron_moe.config.keys import (
+    hints,
+    known_keys,
+    meant,
+    named_section_in,
+    schema_key,
+    section_in,
+    value_at,
+)
 from megatron_moe.config.origin import KeyPath, Origin, dotted, shown
 from megatron_moe.config.schema import Experiment, Section
 from megatron_moe.config.wording import expected, remedy
@@ -41,10 +50,16 @@ def check(
     broken: set[str] = set()
     entries: dict[str, list[KeyPath]] = {}
     for finding in findings:
-        path = _known_part(finding["loc"], values)
+        location = finding["loc"]
+        misnamed = location[-1] == "[key]"
+        path = _known_part(location[:-1] if misnamed else location, values)
         key = dotted(tuple(part for part in path if isinstance(part, str)))
         if finding["type"] == "extra_forbidden":
             problems.append(_unknown(path, values, origins, file))
+            continue
+        if misnamed:
+            problems.append(_misnamed(path, origins, file))
+            broken.add(key)
             continue
         broken.add(key)
         if finding["type"] == "missing" and not incomplete:
@@ -61,9 +76,14 @@ def unknown_key(key: str, place: str) -> str:
     section = key.rpartition(".")[0]
     if guess is not None:
         return f"{place}{key}: unknown key; did you mean {guess}?"
-    if section and section not in known_keys():
+    known_section = schema_key(section)
+    if section and known_section is None:
         return f"{place}{key}: unknown key; did you mean {meant(section) or 'a key of another section'}?"
-    siblings = [other.rpartition(".")[2] for other in known_keys() if other.rpartition(".")[0] == section]
+    siblings = [
+        other.rpartition(".")[2]
+        for other in known_keys()
+        if other.rpartition(".")[0] == (known_section or "")
+    ]
     inside = f"{section} has" if section else "a file has"
     extra = [] if section else ["extends"]
     return f"{place}{key}: unknown key; {inside} {', '.join(siblings + extra)}"
@@ -71,6 +91,16 @@ def unknown_key(key: str, place: str) -> str:
 
 def _unknown(path: KeyPath, values: dict[str, Any], origins: dict[KeyPath, Origin], file: str) -> str:
     return unknown_key(dotted(path), _place(path, origins, file))
+
+
+def _misnamed(path: KeyPath, origins: dict[KeyPath, Origin], file: str) -> str:
+    """The line for a section whose name is none."""
+    holder, name = dotted(path[:-1]), str(path[-1])
+    legal = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "web"
+    what = "a name of letters, digits, '_' and '-', the first one a letter or digit"
+    return (
+        f"{_place(path, origins, file)}{holder}: must give each section {what} ({shown(name)}); write {legal}"
+    )
 
 
 def _known_part(location: tuple[int | str, ...], values: Any) -> KeyPath:
@@ -95,9 +125,10 @@ def _place(path: KeyPath, origins: dict[KeyPath, Origin], file: str) -> str:
 
 
 def _add(key: str) -> str:
-    inner = section_in(known_keys()[key])
+    annotation = _annotation(key)
+    inner = section_in(annotation)
     if inner is None:
-        return f"give it {expected(known_keys()[key])}"
+        return f"give it {expected(annotation)}"
     needed = [name for name, info in inner.model_fields.items() if info.is_required()]
     return f"add the section with {', '.join(needed)}"
 
@@ -105,7 +136,7 @@ def _add(key: str) -> str:
 def _mistyped(
     key: str, paths: list[KeyPath], values: dict[str, Any], origins: dict[KeyPath, Origin], file: str
 ) -> str:
-    annotation = known_keys()[key]
+    annotation = _annotation(key)
     value = value_at(values, key)
     bad = sorted({path for path in paths if isinstance(path[-1], int)}, key=str)
     what = f"must be {expected(annotation)}"
@@ -120,16 +151,23 @@ def _mistyped(
 
 def default_of(key: str) -> Any:
     """The schema's default of a dotted key; None for a required key and for a section."""
-    section: type[Section] = Experiment
-    *way, name = key.split(".")
-    for part in way:
-        section = cast(type[Section], section_in(hints(section)[part]))
+    holder, _, name = key.rpartition(".")
+    section = cast(type[Section], section_in(_annotation(holder))) if holder else Experiment
+    if section is None:  # a name that the user gave
+        return None
     info = section.model_fields[name]
     return (
         None
         if info.is_required() or section_in(hints(section)[name])
         else info.get_default(call_default_factory=True)
     )
+
+
+def _annotation(key: str) -> Any:
+    """Of a key that the schema knows."""
+    known = schema_key(key)
+    assert known is not None, key
+    return known_keys()[known]
 
 
 def _construct(section: type[_S], values: dict[str, Any], prefix: str, broken: set[str]) -> _S:
@@ -139,12 +177,17 @@ def _construct(section: type[_S], values: dict[str, Any], prefix: str, broken: s
         inner = section_in(annotation)
         if name not in values or prefix + name in broken:
             continue
-        value = values[name]
-        kept[name] = (
-            _construct(inner, value, f"{prefix}{name}.", broken)
-            if inner and isinstance(value, dict)
-            else value
-        )
+        value, named = values[name], named_section_in(annotation)
+        if named and isinstance(value, dict):
+            kept[name] = {
+                given: _construct(named, part, f"{prefix}{name}.{given}.", broken)
+                for given, part in value.items()
+                if f"{prefix}{name}.{given}" not in broken
+            }
+        elif inner and isinstance(value, dict):
+            kept[name] = _construct(inner, value, f"{prefix}{name}.", broken)
+        else:
+            kept[name] = value
     made = section.model_construct(**kept)
     for name in section.model_fields:
         if prefix + name in broken:

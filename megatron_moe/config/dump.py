@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_moe.config.keys import FREE_MAPPING, named_sections
 from megatron_moe.config.origin import Origin
 from megatron_moe.config.schema import Experiment, Section
 
@@ -51,7 +52,7 @@ def _lines(section: Section | Mapping[str, Any], prefix: str, depth: int) -> Ite
     for name, value in items.items():
         key, indent = f"{prefix}{name}", "  " * depth
         label = name if isinstance(section, Section) else flow(name)
-        if isinstance(value, Section) or (key == "model.megatron_core" and value):
+        if isinstance(value, Section) or (value and key in (FREE_MAPPING, *named_sections())):
             yield key, f"{indent}{label}:"
             yield from _lines(value, f"{key}.", depth + 1)
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.keys import input_paths, required_sections, value_at
+from megatron_moe.config.keys import in_tree, input_paths, required_sections, value_at
 from megatron_moe.config.origin import KeyPath, Origin
 from megatron_moe.config.yaml_tree import Tree, parse
 
@@ -74,7 +74,7 @@ def _names(bases: Any, place: str, tree: Tree) -> list[str]:
 
 def _open_empty_sections(values: dict[str, Any]) -> None:
     """A section whose keys are all commented out reads as null and means: nothing set here."""
-    for key in required_sections():
+    for key in (key for known in required_sections() for key in in_tree(values, known)):
         section, _, name = key.rpartition(".")
         holder = value_at(values, section) if section else values
         if isinstance(holder, dict) and name in holder and holder[name] is None:
@@ -106,7 +106,7 @@ def _merge(values: dict[str, Any], later: dict[str, Any], path: KeyPath, tree: T
 
 def resolve_paths(values: dict[str, Any], folder: str) -> None:
     """Make the input paths of a tree absolute, in place, taking relative ones from `folder`."""
-    for key in input_paths():
+    for key in (key for known in input_paths() for key in in_tree(values, known)):
         section, _, name = key.rpartition(".")
         holder = value_at(values, section)
         if not isinstance(holder, dict) or name not in holder:

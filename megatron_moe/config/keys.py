@@ -15,6 +15,9 @@ from megatron_moe.config.schema import Experiment, Section
 FREE_MAPPING = "model.megatron_core"
 """The mapping whose keys the schema does not know."""
 
+NAME = "<name>"
+"""Stands in the schema's keys for a name that the user gives: `data.blend.<name>.weight`."""
+
 
 @cache
 def hints(section: type[Section]) -> dict[str, Any]:
@@ -31,6 +34,15 @@ def section_in(annotation: Any) -> type[Section] | None:
     return None
 
 
+def named_section_in(annotation: Any) -> type[Section] | None:
+    """The section behind an annotation such as `dict[str, Source] | None`; None for anything else."""
+    for part in alternatives(annotation):
+        inner = get_args(part)[0] if get_origin(part) is Annotated else part
+        if get_origin(inner) is dict and len(get_args(inner)) == 2:
+            return section_in(get_args(inner)[1])
+    return None
+
+
 def alternatives(annotation: Any) -> tuple[Any, ...]:
     """The members of a union without None, or the annotation itself."""
     if get_origin(annotation) in (Union, types.UnionType):
@@ -40,21 +52,61 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
 
 @cache
 def known_keys() -> dict[str, Any]:
-    """Dotted key -> annotation, of every section and value of an experiment."""
+    """Dotted key -> annotation, of every section and value of an experiment; `NAME` stands for names that
+    the user gives."""
     return dict(_walk(Experiment, ""))
 
 
 def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, annotation in hints(section).items():
         yield prefix + name, annotation
-        inner = section_in(annotation)
+        inner, named = section_in(annotation), named_section_in(annotation)
+        if named is not None:
+            yield f"{prefix}{name}.{NAME}", named
+            yield from _walk(named, f"{prefix}{name}.{NAME}.")
         if inner is not None:
             yield from _walk(inner, f"{prefix}{name}.")
 
 
 @cache
+def named_sections() -> dict[str, type[Section]]:
+    """The keys whose value is sections by names of the user's, and what each of these is."""
+    return {
+        key: named
+        for key, annotation in known_keys().items()
+        if (named := named_section_in(annotation)) is not None
+    }
+
+
+def schema_key(key: str) -> str | None:
+    """The schema's own form of a dotted key: `data.blend.<name>.path` for `data.blend.web.path`. None for an
+    unknown key."""
+    generic, _ = _without_name(key)
+    return generic if generic in known_keys() else None
+
+
+def _without_name(key: str) -> tuple[str, str | None]:
+    """A key with `NAME` in the place of a name of the user's, and that name."""
+    for holder in named_sections():
+        if key.startswith(f"{holder}."):
+            name, dot, rest = key.removeprefix(f"{holder}.").partition(".")
+            return f"{holder}.{NAME}{dot}{rest}", name
+    return key, None
+
+
+def in_tree(tree: Any, key: str) -> tuple[str, ...]:
+    """The keys that a key of the schema stands for in this tree: one for each name that it has."""
+    holder, there, rest = key.partition(f".{NAME}")
+    if not there:
+        return (key,)
+    sections = value_at(tree, holder)
+    return tuple(f"{holder}.{name}{rest}" for name in sections) if isinstance(sections, Mapping) else ()
+
+
+@cache
 def required_sections() -> tuple[str, ...]:
-    """The sections that every experiment has: all that cannot be null."""
+    """The sections that cannot be null, as keys of the schema: all that every experiment has, and each that
+    has a name."""
     return tuple(
         key
         for key, annotation in known_keys().items()
@@ -64,7 +116,7 @@ def required_sections() -> tuple[str, ...]:
 
 @cache
 def input_paths() -> tuple[str, ...]:
-    """The keys whose value is a path, or a list of paths, that the experiment reads."""
+    """The schema's keys whose value is a path, or a list of paths, that the experiment reads."""
     return tuple(key for key, annotation in known_keys().items() if _is_path(annotation))
 
 
@@ -104,6 +156,12 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def meant(key: str) -> str | None:
     """The known key that `key` is probably a misspelling of: the same name elsewhere, else the closest
     spelling."""
+    generic, name = _without_name(key)
+    guess = _meant(generic)
+    return guess if guess is None or name is None else guess.replace(NAME, name)
+
+
+def _meant(key: str) -> str | None:
     known = list(known_keys())
     section, _, name = key.rpartition(".")
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_moe.config.checking import unknown_key
 from megatron_moe.config.extends import merge, resolve_paths
-from megatron_moe.config.keys import FREE_MAPPING, known_keys
+from megatron_moe.config.keys import FREE_MAPPING, schema_key
 from megatron_moe.config.yaml_tree import Tree, parse_value
 
 
@@ -27,7 +27,7 @@ def apply(tree: Tree, overrides: Sequence[str]) -> None:
             tree.problems.append(
                 "override extends: files are composed by the YAML file alone; write extends there"
             )
-        elif key in known_keys():
+        elif schema_key(key) is not None:
             _lay_over(tree, text, tuple(key.split(".")))
         elif free and free != key:
             _lay_over(tree, text, (*FREE_MAPPING.split("."), free))

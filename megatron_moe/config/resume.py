@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe.config.checking import default_of
-from megatron_moe.config.keys import known_keys, leaves
+from megatron_moe.config.keys import known_keys, leaves, schema_key
 from megatron_moe.config.schema import Experiment
 
 Difference = tuple[str, Any, Any]
@@ -20,7 +20,9 @@ ALLOWED: dict[str, str] = {
     r"(parallel|pipeline|recompute)\..*": "checkpoints fit every layout, and none changes the mathematics",
     # An aux loss over a microbatch then has another value, as its docstring says.
     r"training\.micro_batch_size": "the order of the data goes by the global batch",
-    r"data\.path|data\.prepare(\.input)?|data\.tokenizer\.model": "files may move; their hashes are compared",
+    r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model": (
+        "files may move; their hashes are compared"
+    ),
     r"moe\.moe_token_dispatcher_type": "how tokens travel does not change what is computed",
     r"moe\.moe_would_drop_capacity_factor": "it changes a reported number only",
 }
@@ -46,7 +48,7 @@ def differences(
     allowed: list[Difference] = []
     refused: list[Difference] = []
     for key in sorted(old.keys() | new.keys(), key=_rank):
-        before = old[key] if key in old else default_of(key) if key in known_keys() and key in new else None
+        before = old[key] if key in old else default_of(key) if schema_key(key) and key in new else None
         after = new.get(key)
         if before != after:
             may = any(re.fullmatch(pattern, key) for pattern in ALLOWED) or _follows(key, old, new)
@@ -56,7 +58,8 @@ def differences(
 
 def _rank(key: str) -> tuple[int, str]:
     order = list(known_keys())
-    return (order.index(key) if key in order else len(order), key)
+    known = schema_key(key)
+    return (order.index(known) if known in order else len(order), key)
 
 
 def _follows(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

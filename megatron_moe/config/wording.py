@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from megatron_moe.config.keys import alternatives, section_in
+from megatron_moe.config.keys import alternatives, named_section_in, section_in
 from megatron_moe.config.origin import shown
 
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
@@ -28,6 +28,8 @@ def expected(annotation: Any) -> str:
     if len(parts) > 1:
         return ", or ".join(expected(part) for part in parts)
     inner, constraints = _unwrapped(parts[0])
+    if named_section_in(annotation) is not None:
+        return "sections by name, their keys indented below"
     if section_in(inner) is not None:
         return "a section, its keys indented below it"
     if get_origin(inner) is Literal:

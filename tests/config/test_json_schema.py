@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.json_schema import json_schema, json_schema_text
-from megatron_moe.config.keys import known_keys
+from megatron_moe.config.keys import NAME, known_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -23,10 +23,20 @@ def test_every_key_is_there_and_described() -> None:
         node: dict[str, Any] = schema
         *way, name = key.split(".")
         for part in way:
-            node = resolve(schema, node["properties"][part])
-        found = node["properties"][name]
+            node = resolve(schema, child(node, part))
+        found = child(node, name)
         assert "description" in found or "description" in resolve(schema, found) or key == "name", key
     assert "extends" in schema["properties"]
+
+
+def child(node: dict[str, Any], name: str) -> dict[str, Any]:
+    """The key's own node; sections that the user names are all of one form."""
+    if name == NAME:
+        mapping = next(option for option in node["anyOf"] if "patternProperties" in option)
+        (one,) = mapping["patternProperties"].values()
+        return one  # type: ignore[no-any-return]
+    found: dict[str, Any] = node["properties"][name]
+    return found
 
 
 def resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

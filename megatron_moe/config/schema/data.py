@@ -63,14 +63,19 @@ class Source(Section):
     weight: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] | None = (
         None
     )
-    """Share of the samples that come from here, in proportion to the other sources; a list: one weight for
-    each of the training, validation (and test) parts. Default: in proportion to the source's samples times
-    epochs."""
+    """Share of the samples that come from here, in proportion to the other sources: one number for every part
+    that split gives documents to, or a list with one for each of the training, validation (and test) parts.
+    Default: in proportion to the source's samples times epochs."""
     epochs: PositiveFloat | None = None
-    """Instead of weight: how often this source is seen while one of epochs 1 is seen once."""
+    """Instead of weight: how often this source is seen while one of epochs 1 is seen once. Default: 1, where
+    no source has a weight."""
     split: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] | None = None
     """Weights of the parts of this source: `[0, 100]` makes it a source of validation only. Default:
     data.split."""
+
+
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Without dots, because it stands in dotted keys and in the names of metrics."""
 
 
 class Data(Section):
@@ -82,16 +87,20 @@ class Data(Section):
     """Token files in Megatron's format, without .bin/.idx. Default: made from data.prepare."""
     prepare: Prepare | None = None
     """Raw text to make the token files from."""
-    blend: Annotated[dict[str, Source], Field(min_length=1)] | None = None
-    """Several sources by name, instead of path and prepare."""
+    blend: Annotated[dict[SourceName, Source], Field(min_length=1)] | None = None
+    """Several sources by name, instead of path and prepare. Give each of them a weight, or none of them, and
+    then perhaps epochs."""
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     """The tokenizer; its hash must be that of the token files."""
     split: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] = Field(default=[95.0, 5.0])
     """Weights of the training, validation (and test) parts, by documents in file order."""
     eod_mask_loss: bool = False
-    """Leave the end of a document out of the loss."""
+    """Leave the first token of each document out of the loss, which only the end of another document stands
+    before (the positions whose input is the end-of-document token, as in Megatron-LM). The end of a document
+    itself is learned."""
     reset_position_ids: bool = False
-    """Positions begin anew behind each end of a document inside a sample."""
+    """Positions begin anew behind each end of a document inside a sample. For learned positions; rotary ones
+    only know distances, and with reset_attention_mask none beyond a document."""
     reset_attention_mask: bool = False
     """No token sees past the end of a document before it: the documents packed into a sample don't see each
     other."""

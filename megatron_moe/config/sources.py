@@ -1,0 +1,24 @@
+"""What the sources of a blend are read for, as far as that follows from the YAML alone."""
+
+from __future__ import annotations
+
+from megatron_moe.config.schema import Data, Source
+
+PARTS = ("training", "validation", "test")
+
+
+def split_of(data: Data, source: Source | None = None) -> list[float]:
+    """[3] the weights of the parts of a source's documents; those of `data` without one."""
+    split = data.split if source is None or source.split is None else source.split
+    return [*split, *[0.0] * (len(PARTS) - len(split))]
+
+
+def weights_of(data: Data, source: Source) -> list[float | None]:
+    """[3] the source's share of the samples of each part, in proportion to the other sources.
+
+    None: in proportion to its samples times its epochs. 0 where none of its documents are for that part, but
+    a list of weights stands as it is.
+    """
+    if isinstance(source.weight, list):
+        return [*source.weight, *[0.0] * (len(PARTS) - len(source.weight))]
+    return [source.weight if documents else 0.0 for documents in split_of(data, source)]
