@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.keys import leaves
-from megatron_moe.config.layout_string import LayoutMistake, layers_of
+from megatron_moe.config.layout_string import LayoutMistake, layers_of, layers_per_stage
 from megatron_moe.config.origin import Problem, shown
 from megatron_moe.config.reads import with_reads
 from megatron_moe.config.schema import Experiment
@@ -232,6 +232,22 @@ def _layers_per_stage(e: Experiment, world_size: int | None) -> list[int]:
     raise Underivable(Problem(keys, f"layers do not divide evenly over {over}", advice))
 
 
+def _recompute_granularity(e: Experiment, world_size: int | None) -> str:
+    if any(e.recompute.layers_per_stage or ()):
+        return "full"
+    return "selective" if e.recompute.modules else "none"
+
+
+def _recompute_layers_per_stage(e: Experiment, world_size: int | None) -> list[int]:
+    """All layers: for `block` as many as the longest chunk of a rank has, for `uniform` groups of one."""
+    ranks = e.parallel.pipeline_model_parallel_size
+    if e.recompute.granularity != "full":
+        return [0] * ranks
+    layers = layers_per_stage(e)
+    longest = [max(layers[rank::ranks], default=0) for rank in range(ranks)]
+    return longest if e.recompute.method == "block" else [min(1, count) for count in longest]
+
+
 def _warmup_iters(e: Experiment, world_size: int | None) -> int:
     assert e.optimizer.lr_decay_iters is not None
     return round((e.optimizer.lr_warmup_fraction or 0.0) * e.optimizer.lr_decay_iters)
@@ -259,7 +275,9 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("parallel.sequence_parallel", lambda e, _: e.parallel.tensor_model_parallel_size > 1),
     ("parallel.data_parallel_size", _data_parallel_size),
     ("pipeline.layers_per_stage", _layers_per_stage),
-    ("recompute.layers_per_stage", lambda e, _: [0] * e.parallel.pipeline_model_parallel_size),
+    ("recompute.granularity", _recompute_granularity),
+    ("recompute.modules", lambda e, _: ["core_attn"] if e.recompute.granularity == "selective" else []),
+    ("recompute.layers_per_stage", _recompute_layers_per_stage),
     ("optimizer.lr_decay_iters", lambda e, _: e.training.train_iters),
     ("optimizer.lr_warmup_iters", _warmup_iters),
     ("optimizer.lr_wsd_decay_iters", _wsd_decay_iters),

@@ -103,36 +103,11 @@ def stages_add_up(e: Experiment) -> Problems:
         yield Problem((key,), text, "give it at least 1 layer, or use fewer stages")
 
 
-def recompute_within_stages(e: Experiment) -> Problems:
-    """No more layers are recomputed than there are; `uniform` needs groups that come out even."""
-    counts, layers = set_value(e.recompute.layers_per_stage), layers_per_stage(e)
-    key, stages, pp = (
-        "recompute.layers_per_stage",
-        "pipeline.layers_per_stage",
-        e.parallel.pipeline_model_parallel_size,
-    )
-    if len(counts) != pp:
-        yield Problem(
-            (key, PP),
-            f"has {len(counts)} entries and not {PP}",
-            f"give it {pp} entries, for example {[0] * pp}",
-        )
-        return
-    for rank, count in enumerate(counts):
-        chunks = layers[rank::pp]
-        if not chunks:
-            continue
-        if count > max(chunks):
-            text = f"recomputes {count} layers on pipeline rank {rank}, which holds {max(chunks)} by {stages}"
-            yield Problem((key, stages), text, f"use at most {max(chunks)} there")
-        elif count and e.recompute.method == "uniform" and any(held % count for held in chunks):
-            groups = f"makes groups of {count} layers on pipeline rank {rank}"
-            text = f"{groups}, which do not divide its {chunks[0]} by {stages}"
-            yield Problem(
-                (key, stages),
-                text,
-                f"use {divisors_of(min(filter(None, chunks)))} there, or recompute.method block",
-            )
+def param_gather_needs_grad_reduce(e: Experiment) -> Problems:
+    """Megatron-Core starts its gathers where the overlapped reductions end."""
+    gather, reduce = "parallel.overlap_param_gather", "parallel.overlap_grad_reduce"
+    if e.parallel.overlap_param_gather and not e.parallel.overlap_grad_reduce:
+        yield Problem((gather, reduce), f"needs {reduce}", f"set {reduce} to true too, or leave it out")
 
 
 def batch_over_replicas(e: Experiment) -> Problems:

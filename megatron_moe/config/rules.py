@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.config import layout_rules, model_rules, run_rules
+from megatron_moe.config import layout_rules, model_rules, recompute_rules, run_rules
 from megatron_moe.config.megatron_core_rules import megatron_core_fields
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import Rule
@@ -32,7 +32,11 @@ RULES: list[Rule] = [
     layout_rules.sequence_over_ranks,
     layout_rules.vpp_needs_pp,
     layout_rules.stages_add_up,
-    layout_rules.recompute_within_stages,
+    layout_rules.param_gather_needs_grad_reduce,
+    recompute_rules.recompute_said_once,
+    recompute_rules.recompute_within_stages,
+    recompute_rules.modules_are_there,
+    recompute_rules.modules_can_be_recomputed,
     run_rules.data_said_once,
     run_rules.tokenizer_said_once,
     run_rules.split_has_training_part,
