@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_moe.config import layout_rules, model_rules, recompute_rules, run_rules
+from megatron_moe.config import (
+    device_rules,
+    layout_rules,
+    model_rules,
+    optimizer_rules,
+    recompute_rules,
+    run_rules,
+)
 from megatron_moe.config.megatron_core_rules import megatron_core_fields
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import Rule
@@ -10,8 +17,13 @@ from megatron_moe.config.schema import Experiment
 
 RULES: list[Rule] = [
     run_rules.megatron_core_supported,
-    run_rules.transformer_engine_installed,
     megatron_core_fields,
+    device_rules.blocks_of_transformer_engine,
+    device_rules.dead_without_their_switch,
+    device_rules.main_grads_as_reduced,
+    device_rules.one_optimizer_state,
+    device_rules.offloaded_layers,
+    device_rules.flex_has_ranks_to_reach,
     model_rules.heads_over_tp,
     model_rules.heads_over_query_groups,
     model_rules.query_groups_over_tp,
@@ -41,11 +53,17 @@ RULES: list[Rule] = [
     run_rules.tokenizer_said_once,
     run_rules.split_has_training_part,
     run_rules.evaluation_has_data,
-    run_rules.warmup_said_once,
-    run_rules.warmup_within_decay,
-    run_rules.min_lr_below_lr,
+    optimizer_rules.warmup_said_once,
+    optimizer_rules.warmup_within_decay,
+    optimizer_rules.inverse_root_needs_warmup,
+    optimizer_rules.wsd_keys_need_wsd,
+    optimizer_rules.wsd_decay_after_warmup,
+    optimizer_rules.min_lr_below_lr,
+    optimizer_rules.expert_rates_need_experts,
+    optimizer_rules.ramp_reaches_batch,
     layout_rules.batch_over_replicas,
 ]
+    optimizer_rules.ramp_over_replicas,
 
 
 def violations(experiment: Experiment, partial: bool = False) -> list[Problem]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 
 from megatron_moe.config.origin import Problem
-from megatron_moe.config.rule import Problems, set_value
+from megatron_moe.config.rule import Problems
 from megatron_moe.config.schema import Experiment
 
 MEGATRON_CORE_VERSIONS = ((0, 16, 1), (0, 20, 0))
@@ -25,16 +24,6 @@ def megatron_core_supported(e: Experiment) -> Problems:
     if found is None or not first <= tuple(int(part or 0) for part in found.groups()) < beyond:
         text = f"cannot be trained with megatron-core {version}, the installed version"
         yield Problem(("model",), text, "pip install 'megatron-core>=0.16.1,<0.20'")
-
-
-def transformer_engine_installed(e: Experiment) -> Problems:
-    """The spec is what the user says, never what happens to be installed."""
-    if e.model.spec == "transformer_engine" and importlib.util.find_spec("transformer_engine") is None:
-        yield Problem(
-            ("model.spec",),
-            "needs the package transformer_engine, which is not installed here",
-            "set it to native",
-        )
 
 
 def data_said_once(e: Experiment) -> Problems:
@@ -101,33 +90,3 @@ def evaluation_has_data(e: Experiment) -> Problems:
             "needs a validation part, and data.split has none",
             "set data.split to [95, 5], or leave it out",
         )
-
-
-def warmup_said_once(e: Experiment) -> Problems:
-    """Iterations and fraction say the same thing; both may stand there only if they agree."""
-    o, keys = e.optimizer, ("optimizer.lr_warmup_iters", "optimizer.lr_warmup_fraction")
-    if o.lr_warmup_fraction is not None:
-        by_fraction = round(o.lr_warmup_fraction * set_value(o.lr_decay_iters))
-        if o.lr_warmup_iters != by_fraction:
-            yield Problem(
-                keys, f"disagrees with {keys[1]}, which means {by_fraction} iterations", "keep one of the two"
-            )
-
-
-def warmup_within_decay(e: Experiment) -> Problems:
-    """The warm-up is a part of the decay."""
-    keys = ("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters")
-    decay = set_value(e.optimizer.lr_decay_iters)
-    if set_value(e.optimizer.lr_warmup_iters) > decay:
-        yield Problem(
-            keys,
-            "is more than optimizer.lr_decay_iters",
-            f"use at most {decay}, or a lr_warmup_fraction of 0.1",
-        )
-
-
-def min_lr_below_lr(e: Experiment) -> Problems:
-    """The learning rate decays downwards."""
-    if e.optimizer.min_lr > e.optimizer.lr:
-        keys = ("optimizer.min_lr", "optimizer.lr")
-        yield Problem(keys, "is more than optimizer.lr", f"use at most {e.optimizer.lr:g}")

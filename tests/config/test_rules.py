@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from device_rule_cases import DEVICE_CASES
 from experiment_files import DENSE, MOE, problems
+from optimizer_rule_cases import OPTIMIZER_CASES
 
 from megatron_moe.config.rules import RULES
 
@@ -237,30 +239,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "makes groups of 3 layers",
     ),
     (
-        "warmup_said_once",
-        DENSE,
-        ["optimizer.lr_warmup_iters=3", "optimizer.lr_warmup_fraction=0.1"],
-        ["optimizer.lr_warmup_fraction=null"],
-        "optimizer.lr_warmup_iters",
-        "which means 1 iterations; keep one of the two",
-    ),
-    (
-        "warmup_within_decay",
-        DENSE,
-        ["optimizer.lr_warmup_iters=11"],
-        ["optimizer.lr_warmup_iters=10"],
-        "optimizer.lr_warmup_iters",
-        "use at most 10",
-    ),
-    (
-        "min_lr_below_lr",
-        DENSE,
-        ["optimizer.min_lr=1"],
-        ["optimizer.lr=1"],
-        "optimizer.min_lr",
-        "use at most 0.0003",
-    ),
-    (
         "split_has_training_part",
         DENSE,
         ["data.split=[0, 1]"],
@@ -333,21 +311,15 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "(null, override) to train one on",
     ),
     (
-        "transformer_engine_installed",
-        DENSE,
-        ["model.spec=transformer_engine"],
-        ["model.spec=native"],
-        "model.spec",
-        "not installed here; set it to native",
-    ),
-    (
         "megatron_core_fields",
         DENSE,
-        ["model.megatron_core.fp8=hybrid"],
+        ["model.megatron_core.fp8_margin=1"],
         [],
-        "model.megatron_core.fp8",
+        "model.megatron_core.fp8_margin",
         "needs Transformer Engine",
     ),
+    *OPTIMIZER_CASES,
+    *DEVICE_CASES,
 ]
 
 
