@@ -241,11 +241,14 @@ def _validate(args: argparse.Namespace) -> int:
     from megatron_moe.config.errors import ConfigError
     from megatron_moe.config.input_files import missing_files
     from megatron_moe.config.loading import load
+    from megatron_moe.launch import preflight
 
     loaded = load(args.config, args.overrides)
     if missing := missing_files(loaded):
         raise ConfigError(*missing)
     print(f"# {args.config} is valid. In full, as it would run:")
+    for note in preflight.notes(loaded):
+        print(f"# It cannot run on this machine as it is: {note}")
     print(to_yaml(loaded.experiment, loaded.provenance if args.provenance else None), end="")
     return 0
 

@@ -51,9 +51,8 @@ def own_key(field: str) -> str | None:
     """The key of the schema that decides this field of Megatron-Core, None if there is none."""
     if field in OTHER_NAMES:
         return OTHER_NAMES[field]
-    sections = ("model.", "moe.", "parallel.")
     for key, annotation in known_keys().items():
-        if key.startswith(sections) and key.rpartition(".")[2] == field and section_in(annotation) is None:
+        if key.rpartition(".")[2] == field and section_in(annotation) is None:
             return key
     return None
 

@@ -22,16 +22,18 @@ OTHER_NAMES = {
     "num_layers_in_last_pipeline_stage": "pipeline.layers_per_stage",
     "account_for_embedding_in_pipeline_split": "pipeline.layers_per_stage",
     "account_for_loss_in_pipeline_split": "pipeline.layers_per_stage",
+    "cpu_offloading": "recompute.cpu_offloading_num_layers",
+    "moe_enable_deepep": "moe.moe_flex_dispatcher_backend",
 }
 """Fields that a key of ours with another name decides."""
 
 NEEDS_TRANSFORMER_ENGINE = (
-    r"fp8|fp8_\w+|fp4|fp4_\w+|activation_func_fp8_input_store|tp_only_amax_red|first_last_layers_bf16",
+    r"fp8_\w+|fp4|fp4_\w+|activation_func_fp8_input_store|tp_only_amax_red|first_last_layers_bf16",
     r"num_layers_at_(start|end)_in_bf16|disable_parameter_transpose_cache",
     r"tp_comm_\w+|delay_wgrad_compute|overlap_dispatch_backward_with_experts_wgrad",
     r"fused_single_qkv_rope|fused_residual_rmsnorm|cross_entropy_fusion_impl",
     r"use_te_\w+|use_transformer_engine_op_fuser|use_grouped_gemm_for_\w+",
-    r"moe_permute_fusion|moe_router_fusion|moe_latent_size|moe_router_padding_for_(fp8|quantization)",
+    r"moe_latent_size|moe_router_padding_for_(fp8|quantization)",
     r"moe_single_grouped_\w+|moe_(mlp|shared_expert)_glu_interleave_size",
     r"softmax_type|attention_output_gate|window_size|window_attn_skip_freq|cp_comm_type",
 )
@@ -43,7 +45,8 @@ _EXPERTS = "the router and experts here do not compute it"
 _IGNORED = "Megatron-Core itself does not look at it in a GPT model"
 _LIBRARY = "it needs a library that is not supported here"
 _MODEL = "this trainer does not build such a model"
-_OFFLOADING = "offloading is not built into this trainer"
+_KERNELS = "the flex dispatcher runs with its library's own settings here"
+_OFFLOADING = "of offloading only recompute.cpu_offloading_num_layers is built into this trainer"
 _RANKS = "the section parallel says how ranks are laid out"
 _RECOMPUTE = "recompute.layers_per_stage says what is recomputed"
 _SCHEDULE = "the schedule here does not use it"
@@ -56,7 +59,7 @@ NOT_SETTABLE: dict[str, str] = {
     r"pipeline_dtype|enable_autocast|autocast_dtype|calculate_per_token_loss": _TRAINER,
     r"variable_seq_lengths|deallocate_pipeline_outputs|barrier_with_L1_time": _TRAINER,
     r"overlap_p2p_comm|batch_p2p_comm|batch_p2p_sync|overlap_p2p_comm_warmup_flush": _TRAINER,
-    r"bias_activation_fusion|bias_dropout_fusion|apply_rope_fusion": _TRAINER,
+    r"bias_activation_fusion|bias_dropout_fusion": _TRAINER,
     r"moe_grouped_gemm|moe_per_layer_logging": _TRAINER,
     r"add_bias_linear": "biases fail in Megatron-Core without Transformer Engine's linear layers",
     r"gradient_accumulation_fusion|defer_embedding_wgrad_compute|wgrad_deferral_limit": _APEX,
@@ -73,7 +76,7 @@ NOT_SETTABLE: dict[str, str] = {
     r"\w*cuda_graph\w*|(use_)?inference_\w+|nccl_all_reduce_for_prefill|mlp_chunks_for_\w+": _SERVING,
     r"symmetric_ar_type|batch_invariant_mode|high_priority_a2a_comm_stream": _SERVING,
     r"(use_)?kitchen\w*|quant_recipe|use_ring_exchange_p2p|pipeline_model_parallel_comm_backend": _LIBRARY,
-    r"moe_(enable_deepep|deepep|hybridep|ncclep|flex)\w*|moe_permute_fusion_into_hybridep": _LIBRARY,
+    r"moe_(deepep|hybridep|ncclep|flex)\w*|moe_permute_fusion_into_hybridep": _KERNELS,
     r"\w*offload\w*|moe_paged_stash\w*|moe_expert_rank_capacity_factor": _OFFLOADING,
     r"overlap_moe_expert_parallel_comm|ep_overlap_early_attn_memory_release": _SCHEDULE,
     r"microbatch_group_size_per_vp_stage|num_microbatches_with_partial_activation_checkpoints": _SCHEDULE,

@@ -14,7 +14,7 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import load
 from megatron_moe.config.schema import Experiment
 from megatron_moe.data.prepare import prepare
-from megatron_moe.launch import exit_codes, identity, joined, local_ranks
+from megatron_moe.launch import exit_codes, identity, joined, local_ranks, preflight
 from megatron_moe.launch.beginning import begin
 from megatron_moe.launch.outcome import Outcome
 from megatron_moe.launch.stop_request import Stopped, signals_raise
@@ -86,7 +86,9 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
         )
     try:
         with signals_raise(), tempfile.TemporaryDirectory(prefix="megatron-moe-verify-") as folder:
-            experiment = load(config_path, overrides, world_size=None).experiment
+            loaded = load(config_path, overrides, world_size=None)
+            preflight.check(loaded)
+            experiment = loaded.experiment
             world_size = plan.make(experiment).layout.world_size
             prepare(experiment, Path(experiment.logging.root))
             at = Path(folder)

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_moe.config.errors import InputError, RunError
 from megatron_moe.config.loading import Loaded, load
-from megatron_moe.launch import exit_codes, local_ranks, rank, reports
+from megatron_moe.launch import exit_codes, local_ranks, preflight, rank, reports
 from megatron_moe.launch.beginning import begin
 from megatron_moe.launch.identity import Identity
 from megatron_moe.launch.library_noise import LibraryNoise
@@ -49,7 +49,7 @@ def train(config_path: Path, overrides: Sequence[str], identity: Identity) -> in
         return code
     folder.logs.mkdir(exist_ok=True)
     noise.write_to(local_ranks.log_of(folder.logs, identity.rank))
-    return _train_in(folder, identity.rank, store)
+    return _train_in(folder, identity, loaded, store)
 
 
 def _meet() -> Any:
@@ -94,8 +94,11 @@ def _wait_for_rank_0(store: Any) -> tuple[RunFolder | None, int]:
     return (RunFolder(Path(begun["folder"])) if begun["folder"] else None), begun["code"]
 
 
-def _train_in(folder: RunFolder, own_rank: int, store: Any) -> int:
+def _train_in(folder: RunFolder, identity: Identity, loaded: Loaded, store: Any) -> int:
     try:
+        if identity.local_rank == 0 and identity.rank != 0:
+            # Rank 0 has looked at its own node; another one may lack something.
+            preflight.check(loaded)
         return rank.train(str(folder.path))
     except InputError as error:
         if _is_first_to_say(store, str(error)):
@@ -107,7 +110,9 @@ def _train_in(folder: RunFolder, own_rank: int, store: Any) -> int:
         rank.leave(exit_codes.FAILED)
     except Exception as error:
         if not reports.is_secondary(error):
-            print(f"rank {own_rank} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr)
+            print(
+                f"rank {identity.rank} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr
+            )
         rank.leave(exit_codes.FAILED)
 
 

@@ -41,6 +41,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
     except (AssertionError, TypeError, ValueError) as error:
         if not further:
             raise
+        | _device_fields(experiment)
         entries = ", ".join(f"{name}: {value}" for name, value in further.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(
@@ -80,8 +81,6 @@ def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
     }
 
 
@@ -143,3 +142,23 @@ def _recompute_fields(experiment: Experiment, plan: Plan, pipeline_rank: int) ->
         "recompute_method": experiment.recompute.method,
         "recompute_num_layers": count,
     }
+
+
+def _device_fields(experiment: Experiment) -> dict[str, Any]:
+    """What runs in kernels of Transformer Engine, apex or DeepEP, by explicit keys only."""
+    training, moe, layers = experiment.training, experiment.moe, experiment.recompute.cpu_offloading_num_layers
+    fields: dict[str, Any] = {
+        "gradient_accumulation_fusion": training.gradient_accumulation_fusion,
+        "apply_rope_fusion": experiment.model.apply_rope_fusion,
+    }
+    if training.fp8 is not None:
+        fields |= {"fp8": training.fp8, "fp8_recipe": training.fp8_recipe}
+    if layers:
+        fields |= {"cpu_offloading": True, "cpu_offloading_num_layers": layers}
+    if moe is not None:
+        fields |= {
+            "moe_permute_fusion": moe.moe_permute_fusion,
+            "moe_router_fusion": moe.moe_router_fusion,
+            "moe_flex_dispatcher_backend": moe.moe_flex_dispatcher_backend,
+        }
+    return fields
