@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention, with context parallelism."""
+"""Core attention on torch's scaled_dot_product_attention, with context parallelism and documents."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_moe.engine.segments import chunks_of_rank
+from megatron_moe.model.causal import attend, attend_segments, flatten, unflatten
 
 
 class CoreAttention(torch.nn.Module):
-    """softmax(Q K^T * scale) V with a causal mask, fused by torch on every device.
+    """softmax(Q K^T * scale) V, causal, fused by torch on every device.
 
     Stands where Megatron-Core's layer spec has `core_attention`; its own DotProductAttention is unfused and
     knows no context parallelism. Under context parallelism each rank holds two chunks of the sequence, r and
     2 CP - 1 - r (Megatron-Core's zig-zag split, which balances the causal work); keys and values are gathered
-    over the group and masked by position.
+    over the group, and each chunk attends to the sequence up to its end.
+
+    Documents that must not see each other come as `attention_mask`, which Megatron-Core hands through all
+    layers and recomputes with: not as a mask of s x s, but as their lengths.
 
     Under tensor parallelism each rank drops attention of its own heads, so that it draws from the
     tensor-parallel random state (Megatron-Core runs the whole block in that state under sequence parallelism,
@@ -59,26 +64,26 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        """`attention_mask`: None, or the segments [m, 2] of `engine.segments` where documents must not see each
+        other."""
         assert packed_seq_params is None and attention_bias is None
-        mask = None
+        queries, keys, values = [query], [key], [value]
         if self.context_size > 1:
-            key, value = self._gather(key), self._gather(value)
-            mask = self._causal_mask(query.size(0), query.device)
-        # [s, b, n, d] -> [b, n, s, d]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            queries = list(query.chunk(2))
+            keys, values = self._seen(key), self._seen(value)
         dropout = self.dropout if self.training else 0.0
         with self._random_state(dropout):
-            context = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=self.scale,
-                enable_gqa=q.size(1) != k.size(1),
-            )
-        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+            if attention_mask is None:
+                # [s, b, n, d] -> [b, n, s, d]
+                parts = [
+                    attend(*(x.permute(1, 2, 0, 3) for x in part), self.scale, dropout).permute(2, 0, 1, 3)
+                    for part in zip(queries, keys, values, strict=True)
+                ]
+                context = torch.cat(parts) if len(parts) > 1 else parts[0]
+            else:
+                flat = (flatten(x) for x in (queries, keys, values))
+                context = unflatten(attend_segments(*flat, attention_mask, self.scale, dropout), queries)
+        return context.reshape(query.size(0), query.size(1), -1)
 
     def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:
         """Where dropout is drawn from, if there is any."""
@@ -89,19 +94,18 @@ class CoreAttention(torch.nn.Module):
         state: contextlib.AbstractContextManager[None] = get_cuda_rng_tracker().fork()
         return state
 
-    def _gather(self, x: Tensor) -> Tensor:
-        """[s / CP, ...] of each rank -> [s, ...] in the order of the ranks' chunks."""
+    def _seen(self, x: Tensor) -> list[Tensor]:
+        """[s / CP, ...] of each rank -> for each chunk of this rank what its last position sees: the sequence
+        up to there."""
         from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-        return gather_from_sequence_parallel_region(
+        gathered = gather_from_sequence_parallel_region(
             x, tensor_parallel_output_grad=True, group=self.context_group
         )
-
-    def _causal_mask(self, local_length: int, device: torch.device) -> Tensor:
-        """[s / CP, s], true where a query of this rank may look at a gathered key."""
-        chunk = local_length // 2
-        within = torch.arange(chunk, device=device)
-        chunks = [c for rank in range(self.context_size) for c in (rank, 2 * self.context_size - 1 - rank)]
-        positions = torch.cat([within + chunk * c for c in chunks])
-        own = positions.view(self.context_size, local_length)[self.context_group.rank()]
-        return own[:, None] >= positions[None, :]
+        chunks = gathered.chunk(2 * self.context_size)  # in the order of the ranks
+        order = [c for rank in range(self.context_size) for c in chunks_of_rank(rank, self.context_size)]
+        in_sequence = [chunks[order.index(c)] for c in range(len(order))]
+        return [
+            torch.cat(in_sequence[: c + 1])
+            for c in chunks_of_rank(self.context_group.rank(), self.context_size)
+        ]
