@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_moe.engine.segments import chunks_of_rank, segments
+
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any]]]
 """(microbatches, model chunk) -> (output, loss function); Megatron-Core's contract."""
 
@@ -88,19 +90,19 @@ def update(optimizer: Any) -> tuple[bool, float]:
     return bool(optimizer.step_with_ready_grads()), norm
 
 
-def share_of_reports(reports: list[Tensor], device: torch.device) -> Tensor:
-    """[2] this rank's part of the sum of all reports; adding up all ranks' parts gives it once."""
+def share_of_reports(reports: list[Tensor], device: torch.device, width: int = 2) -> Tensor:
+    """[width] this rank's part of the sum of all reports; adding up all ranks' parts gives it once."""
     from megatron.core import parallel_state
 
     # The tensor-parallel ranks of a stage report the same: one speaks.
     if reports and parallel_state.get_tensor_model_parallel_rank() == 0:
         return torch.stack(reports).sum(0)
-    return torch.zeros(2, dtype=torch.float64, device=device)
+    return torch.zeros(width, dtype=torch.float64, device=device)
 
 
-def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
-    """Sum of the last stages' reports over all replicas, on every rank."""
-    total = share_of_reports(reports, device)
+def sum_over_ranks(reports: list[Tensor], device: torch.device, width: int = 2) -> list[float]:
+    """Sum of the last stages' reports, each [width], over all replicas, on every rank."""
+    total = share_of_reports(reports, device, width)
     torch.distributed.all_reduce(total)
     return [float(value) for value in total]
 
@@ -108,18 +110,26 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device) -> list[float]:
 def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
-    It also gets `num_targets` [], the targets of the whole sequences, and where some tokens are none a
-    `padding_mask` [b, s], true there; both are found on the host, so that no GPU has to be waited for.
+    It also gets `num_targets` [], the targets of the whole sequences, and in place of `document_starts` the
+    `segments` that attention goes by (see `engine.segments`). A `padding_mask` without padding is left out.
+    All this is found on the host, so that no GPU has to be waited for.
     """
     from megatron.core import parallel_state
 
-    if not bool(batch["loss_mask"].all()):
-        batch = {**batch, "padding_mask": batch["loss_mask"] == 0}
     size = parallel_state.get_context_parallel_world_size()
     rank = parallel_state.get_context_parallel_rank()
+    batch = dict(batch)
     mine = {"num_targets": batch["loss_mask"].sum().to(torch.int)}
+    if (starts := batch.pop("document_starts", None)) is not None:
+        mine["segments"] = segments(starts, rank, size)
+    if (by_source := batch.pop("by_source", None)) is not None:
+        mine["by_source"] = by_source
+    if "padding_mask" in batch and not bool(batch["padding_mask"].any()):
+        del batch["padding_mask"]
     for name, tensor in batch.items():
-        chunks = tensor.chunk(2 * size, dim=1)
-        # Megatron-Core's zig-zag, whose function for it takes other arguments in each version.
-        mine[name] = torch.cat([chunks[rank], chunks[-1 - rank]], dim=1) if size > 1 else tensor
+        if size > 1:
+            # Megatron-Core's function for it takes other arguments in each version.
+            chunks = tensor.chunk(2 * size, dim=1)
+            tensor = torch.cat([chunks[chunk] for chunk in chunks_of_rank(rank, size)], dim=1)
+        mine[name] = tensor
     return {name: tensor.to(device, non_blocking=True) for name, tensor in mine.items()}

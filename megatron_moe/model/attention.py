@@ -64,8 +64,8 @@ class CoreAttention(torch.nn.Module):
         packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`attention_mask`: None, or the segments [m, 2] of `engine.segments` where documents must not see each
-        other."""
+        """`attention_mask`: None, or where documents must not see each other the segments [m, 2] of
+        `engine.segments`."""
         assert packed_seq_params is None and attention_bias is None
         queries, keys, values = [query], [key], [value]
         if self.context_size > 1:

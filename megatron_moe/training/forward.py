@@ -17,10 +17,12 @@ def forward_step(
     """Megatron-Core's forward step: run one microbatch, return the output and the function that makes the
     loss of it.
 
-    A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where a token is no target
-    (padding, prompt); where there are such, also padding_mask [b, s], true for them. They count neither in
-    the loss nor in the router's losses and statistics. `num_targets` [] counts the targets of the whole
-    sequences, of which a context-parallel rank has a part.
+    A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where what follows a token is
+    no target; where tokens are padding or prompt, also padding_mask [b, s], true for them: they count neither
+    in the loss nor in the router's losses and statistics. `num_targets` [] counts the targets of the whole
+    sequences, of which a context-parallel rank has a part. `segments` [m, 2] (see `engine.segments`) says
+    where documents end that must not see each other; `by_source` [b, sources], 1 in one column, where each
+    sequence comes from, if that is to be reported.
     """
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
@@ -28,15 +30,18 @@ def forward_step(
     output = chunk(
         batch["tokens"],
         batch["position_ids"],
-        None,
+        batch.get("segments"),
         labels=batch["labels"],
         **padding,
     )
-    return output, partial(_loss, batch["loss_mask"], batch["num_targets"])
+    return output, partial(_loss, batch["loss_mask"], batch["num_targets"], batch.get("by_source"))
 
 
-def _loss(loss_mask: Tensor, num_targets: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What to sum, what to divide the sum by, and a report [2] of token losses and targets for the metrics.
+def _loss(
+    loss_mask: Tensor, num_targets: Tensor, by_source: Tensor | None, losses: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What to sum, what to divide the sum by, and a report of token losses and targets for the metrics: [2],
+    or [2 x sources] with `by_source`.
 
     Megatron-Core divides by the targets and the microbatches, in place: the report is a copy. And it takes
     the mean over context-parallel ranks, where the sum is meant: each has other tokens of the same sequences,
@@ -47,4 +52,8 @@ def _loss(loss_mask: Tensor, num_targets: Tensor, losses: Tensor) -> tuple[Tenso
     mask = loss_mask.reshape(-1).float()
     total = (losses.float().reshape(-1) * mask).sum()
     report = torch.stack([total.detach().double(), mask.sum().double()])
+    if by_source is not None:
+        masked = losses.detach().double() * loss_mask
+        sums = torch.stack([masked.sum(1), loss_mask.double().sum(1)], dim=1)
+        report = (by_source.double().T @ sums).flatten()
     return total * parallel_state.get_context_parallel_world_size(), num_targets, report

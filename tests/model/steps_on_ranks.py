@@ -61,6 +61,7 @@ def global_batch(experiment: Experiment, iteration: int, padded: bool) -> list[d
                 "tokens": text[:, :-1].contiguous(),
                 "labels": text[:, 1:].contiguous(),
                 "loss_mask": mask,
+                "padding_mask": mask == 0,
                 "position_ids": positions,
             }
         )

@@ -54,7 +54,7 @@ class _Padded:
         sample = dict(self.samples[index])
         mask = sample["loss_mask"].clone()
         mask[len(mask) - 1 - index % 23 :] = 0
-        return {**sample, "loss_mask": mask}
+        return {**sample, "loss_mask": mask, "padding_mask": mask == 0}
 
 
 def pad(trainer: Trainer) -> None:
