@@ -70,7 +70,7 @@ def _contenders(
     from benchmark_megatron_core import Loop, plain_loop
 
     plain = plain_loop(trainer)
-    trainer.callbacks = standard_callbacks(trainer.run_folder)
+    trainer.callbacks = standard_callbacks(trainer.run_folder, trainer.experiment)
     for callback in trainer.callbacks:
         callback.on_start(trainer)
     batches = trainer.microbatches(trainer.datasets.train, 0, shuffle=True)

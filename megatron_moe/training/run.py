@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -13,10 +14,14 @@ from megatron_moe.training import checkpoint
 from megatron_moe.training.build import start
 from megatron_moe.training.callback import Callback
 from megatron_moe.training.callbacks.checkpointing import Checkpointing
+from megatron_moe.training.callbacks.curves import Curves
 from megatron_moe.training.callbacks.evaluation import Evaluation
 from megatron_moe.training.callbacks.metrics_file import MetricsFile
 from megatron_moe.training.callbacks.progress import ProgressBar
+from megatron_moe.training.callbacks.sink import Feed, Sink
+from megatron_moe.training.callbacks.tensorboard import TensorBoard
 from megatron_moe.training.callbacks.termination import Termination
+from megatron_moe.training.callbacks.weights_and_biases import WeightsAndBiases, mode_of
 from megatron_moe.training.summary import say_beginning, say_summary
 
 DONE, START_AGAIN = 0, 75
@@ -34,7 +39,7 @@ def train(run_folder: Path, experiment: Experiment, plan: Plan) -> int:
     """
     trainer = start(experiment, plan, run_folder)
     resumed_from = checkpoint.resume(trainer)
-    trainer.callbacks = standard_callbacks(run_folder)
+    trainer.callbacks = standard_callbacks(run_folder, experiment)
     if dist.get_rank() == 0:
         say_beginning(trainer, resumed_from, run_folder / LOG)
     trainer.fit()
@@ -47,12 +52,29 @@ def train(run_folder: Path, experiment: Experiment, plan: Plan) -> int:
     return DONE if finished else START_AGAIN
 
 
-def standard_callbacks(run_folder: Path) -> list[Callback]:
-    """In the order in which they see a step: what adds to its record, what writes it down, what saves."""
+def standard_callbacks(run_folder: Path, experiment: Experiment) -> list[Callback]:
+    """In the order in which they see a step: what adds to its record, what writes it down, what saves, what
+    passes it on."""
+    callbacks: list[Callback] = [Termination(), Evaluation()]
+    log = run_folder / LOG
     speaks = dist.get_rank() == 0
-    return [
-        Termination(),
-        Evaluation(),
-        *([MetricsFile(run_folder / "metrics.jsonl"), ProgressBar(run_folder / LOG)] if speaks else []),
-        Checkpointing(),
-    ]
+    if speaks:
+        callbacks += [MetricsFile(run_folder / "metrics.jsonl", log), ProgressBar(log)]
+    callbacks.append(Checkpointing())
+    if speaks:
+        # Behind the checkpoint: when time is short, what others hold can be had from metrics.jsonl.
+        callbacks += [Feed(sink, log) for sink in sinks(run_folder, experiment)]
+        if experiment.logging.curves:
+            callbacks.append(Curves(run_folder, log))
+    return callbacks
+
+
+def sinks(run_folder: Path, experiment: Experiment) -> list[Sink]:
+    """Where the numbers go beside metrics.jsonl."""
+    chosen: list[Sink] = []
+    settings = experiment.logging
+    if settings.tensorboard:
+        chosen.append(TensorBoard(run_folder / "tensorboard"))
+    if settings.wandb is not None and (mode := mode_of(settings.wandb, os.environ)) is not None:
+        chosen.append(WeightsAndBiases(run_folder, experiment, mode))
+    return chosen

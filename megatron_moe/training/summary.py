@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.training.callbacks.curves import CURVES
+from megatron_moe.training.terminal import say
 from megatron_moe.training.trainer import Trainer
 
 
@@ -25,7 +27,7 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters
         lines.append(f"Resuming from {resumed_from}: {done} of {_plural(wanted, 'step')} done")
-    _say(lines, log)
+    say(lines, log)
 
 
 def say_summary(trainer: Trainer, log: Path) -> None:
@@ -40,6 +42,7 @@ def say_summary(trainer: Trainer, log: Path) -> None:
         *_losses(trainer),
         ("run folder", str(folder)),
         ("metrics", str(folder / "metrics.jsonl")),
+        *_pictures(trainer),
         ("checkpoint", str(folder / "checkpoints" / f"iter_{done:07d}")),
     ]
     lines += [f"  {name:<16} {value}" for name, value in rows]
@@ -50,7 +53,17 @@ def say_summary(trainer: Trainer, log: Path) -> None:
     else:
         lines.append(f"  train on     megatron-moe train {config} {' '.join(to_train_on(experiment))}")
     lines.append(f"  check layout megatron-moe verify {config}")
-    _say(lines, log)
+    say(lines, log)
+
+
+def _pictures(trainer: Trainer) -> list[tuple[str, str]]:
+    logging, folder = trainer.experiment.logging, trainer.run_folder
+    rows = []
+    if logging.curves and (folder / CURVES).exists():
+        rows.append(("curves", str(folder / CURVES)))
+    if logging.tensorboard:
+        rows.append(("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"))
+    return rows
 
 
 def to_train_on(experiment: Experiment) -> list[str]:
@@ -77,13 +90,6 @@ def _losses(trainer: Trainer) -> list[tuple[str, str]]:
         entropy = f"{manifest.unigram_entropy_nats:.4f} nats a token"
         rows.append(("unigram entropy", f"{entropy} (the best guess that only knows how frequent each is)"))
     return rows
-
-
-def _say(lines: list[str], log: Path) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        for line in lines:
-            print(line, flush=True)
-            print(line, file=file)
 
 
 def _plural(number: int, noun: str) -> str:

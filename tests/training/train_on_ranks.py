@@ -48,7 +48,7 @@ def train(experiment: Experiment, run: Path, stop_at: int = 0) -> int:
     trainer = begin(experiment, run)
     checkpoint.resume(trainer)
     began = trainer.iteration
-    trainer.callbacks = [StopAt(stop_at), *standard_callbacks(run)]
+    trainer.callbacks = [StopAt(stop_at), *standard_callbacks(run, experiment)]
     trainer.fit()
     dist.barrier()
     return began
@@ -249,7 +249,7 @@ class SignalToTheLastRank(Callback):
 def stopped_by_the_last_rank(experiment: Experiment, run: Path) -> int:
     """The number of steps done."""
     trainer = begin(experiment, run)
-    trainer.callbacks = [*standard_callbacks(run), SignalToTheLastRank()]
+    trainer.callbacks = [*standard_callbacks(run, experiment), SignalToTheLastRank()]
     try:
         trainer.fit()
     finally:

@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_moe.training.callback import Callback, Record
+from megatron_moe.training.terminal import say
 from megatron_moe.training.trainer import Trainer
 
 
 class MetricsFile(Callback):
     """Appends each step's record, flushed at once; written by one rank."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, log: Path) -> None:
         self.path = path
+        self.log = log
         self.file: IO[str] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        cut_back(self.path, trainer.iteration)
+        last = cut_back(self.path, trainer.iteration)
+        if last < trainer.iteration:
+            say([_lost(last + 1, trainer.iteration)], self.log)
         self.file = self.path.open("a", encoding="utf-8")
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
@@ -43,20 +47,27 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def cut_back(path: Path, iteration: int) -> None:
-    """Remove every line behind `iteration`, and a torn last one, so that a resumed run writes each step
-    once."""
+def cut_back(path: Path, iteration: int) -> int:
+    """Remove every line behind `iteration`, and all from the first one on that cannot be read, so that a
+    resumed run writes each step once. Returns the last step that is left."""
     if not path.exists():
-        return
-    keep = 0
+        return 0
+    keep = last = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                is_kept = line.endswith(b"\n") and json.loads(line)["iteration"] <= iteration
+                step = json.loads(line)["iteration"] if line.endswith(b"\n") else None
             except (ValueError, KeyError, TypeError):
-                is_kept = False
-            if not is_kept:
+                step = None
+            if not isinstance(step, int) or step > iteration:
                 break
             keep += len(line)
+            last = step
     with path.open("r+b") as file:
         file.truncate(keep)
+    return last
+
+
+def _lost(first: int, last: int) -> str:
+    steps = f"step {first}" if first == last else f"steps {first} to {last}"
+    return f"metrics.jsonl: no readable record of {steps}; it goes on at step {last + 1}"

@@ -1,0 +1,46 @@
+"""TensorBoard: event files in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_moe.training.callbacks.sink import Sink, Values
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_FLUSH_S = 10
+"""What a viewer lags behind, and what a killed run loses."""
+
+
+class TensorBoard(Sink):
+    """Scalars under the keys of metrics.jsonl, step = iteration; texts as text.
+
+    TensorBoard stores scalars in float32.
+    """
+
+    key = "logging.tensorboard"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.writer: SummaryWriter | None = None
+
+    def open(self, iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Readers then drop what a run that was cut back to `iteration` had written behind it.
+        self.writer = SummaryWriter(str(self.folder), purge_step=iteration + 1, flush_secs=_FLUSH_S)
+
+    def write(self, values: Values) -> None:
+        assert self.writer is not None
+        step = int(values["iteration"])
+        for key, value in values.items():
+            if isinstance(value, str):
+                self.writer.add_text(key, value, step)
+            elif key != "iteration":
+                self.writer.add_scalar(key, value, step)
+
+    def close(self, completed: bool) -> None:
+        assert self.writer is not None
+        self.writer.close()
