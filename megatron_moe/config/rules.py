@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe.config import (
+    data_rules,
     device_rules,
     layout_rules,
     model_rules,
@@ -49,10 +50,16 @@ RULES: list[Rule] = [
     recompute_rules.recompute_within_stages,
     recompute_rules.modules_are_there,
     recompute_rules.modules_can_be_recomputed,
-    run_rules.data_said_once,
+    data_rules.data_said_once,
+    data_rules.source_said_once,
+    data_rules.weights_or_epochs,
+    data_rules.sources_are_read,
     run_rules.tokenizer_said_once,
-    run_rules.split_has_training_part,
-    run_rules.evaluation_has_data,
+    data_rules.split_has_training_part,
+    data_rules.evaluation_has_data,
+    data_rules.ends_of_documents,
+    data_rules.positions_can_be_reset,
+    data_rules.attention_can_be_reset,
     optimizer_rules.warmup_said_once,
     optimizer_rules.warmup_within_decay,
     optimizer_rules.inverse_root_needs_warmup,

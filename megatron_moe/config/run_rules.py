@@ -1,4 +1,4 @@
-"""Rules about data, schedule, and what is installed."""
+"""Rules about the tokenizer, and what is installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import Problems
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.sources import texts_of
 
 MEGATRON_CORE_VERSIONS = ((0, 16, 1), (0, 20, 0))
 """The first version that is supported, and the first one that is not."""
@@ -26,27 +27,6 @@ def megatron_core_supported(e: Experiment) -> Problems:
         yield Problem(("model",), text, "pip install 'megatron-core>=0.16.1,<0.20'")
 
 
-def data_said_once(e: Experiment) -> Problems:
-    """Token files are either given or made; mock data has none."""
-    d = e.data
-    if d.kind == "mock":
-        for key, value in (("data.path", d.path), ("data.prepare.input", d.prepare and d.prepare.input)):
-            if value is not None:
-                yield Problem(
-                    (key, "data.kind"),
-                    "is not read under data.kind",
-                    f"set {key.removesuffix('.input')} to null, or data.kind to pretraining",
-                )
-    elif d.path is None and d.prepare is None:
-        yield Problem(
-            ("data.path", "data.prepare"), "is not set, and neither is data.prepare", "set one of the two"
-        )
-    elif d.path is not None and d.prepare is not None:
-        yield Problem(
-            ("data.path", "data.prepare.input"), "and data.prepare.input are both set", "keep one of the two"
-        )
-
-
 def tokenizer_said_once(e: Experiment) -> Problems:
     """A tokenizer is bytes, a file, or trained on the text that is prepared."""
     t, model, size = e.data.tokenizer, "data.tokenizer.model", "data.tokenizer.vocab_size"
@@ -63,30 +43,13 @@ def tokenizer_said_once(e: Experiment) -> Problems:
             "keep one of the two",
         )
     elif e.data.kind == "pretraining" and t.model is None:
-        if e.data.prepare is None:
+        files = [f"data.blend.{name}.path" for name, source in (e.data.blend or {}).items() if source.path]
+        if files:
+            text = f"is not set, but {files[0]} names token files, which were made with some tokenizer"
+            yield Problem((model, files[0]), text, "set it to that one, or data.tokenizer.kind to bytes")
+        elif not texts_of(e.data):
             text = "is not set, and there is no data.prepare to train one on"
             yield Problem((model, "data.prepare"), text, "set it, or data.tokenizer.kind to bytes")
         elif t.vocab_size is None:
             text = f"is not set, and neither is {model}"
             yield Problem((size, model), text, "set the size of the tokenizer to train, for example 2048")
-
-
-def split_has_training_part(e: Experiment) -> Problems:
-    """Something is left to train on."""
-    if e.data.split[0] == 0:
-        yield Problem(
-            ("data.split",),
-            "leaves nothing to train on",
-            "make the first entry positive, for example [95, 5]",
-        )
-
-
-def evaluation_has_data(e: Experiment) -> Problems:
-    """What is evaluated on is held out."""
-    if e.training.eval_interval is not None and e.data.split[1] == 0 and e.data.kind != "mock":
-        keys = ("training.eval_interval", "data.split")
-        yield Problem(
-            keys,
-            "needs a validation part, and data.split has none",
-            "set data.split to [95, 5], or leave it out",
-        )

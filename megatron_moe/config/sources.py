@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.schema import Data, Source
+from megatron_moe.config.schema import Data, Prepare, Source
 
 PARTS = ("training", "validation", "test")
 
@@ -22,3 +22,10 @@ def weights_of(data: Data, source: Source) -> list[float | None]:
     if isinstance(source.weight, list):
         return [*source.weight, *[0.0] * (len(PARTS) - len(source.weight))]
     return [source.weight if documents else 0.0 for documents in split_of(data, source)]
+
+
+def texts_of(data: Data) -> dict[str, Prepare]:
+    """The text that is prepared here, by the key of its section."""
+    found = {"data.prepare": data.prepare}
+    found |= {f"data.blend.{name}.prepare": source.prepare for name, source in (data.blend or {}).items()}
+    return {key: section for key, section in found.items() if section is not None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from experiment_files import DENSE, MOE, problems
 from optimizer_rule_cases import OPTIMIZER_CASES
@@ -268,7 +269,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         ["data.kind=pretraining"],
         ["data.path=x"],
         "data.path",
-        "neither is data.prepare; set one of the two",
+        "neither are data.prepare and data.blend; set one of the three",
     ),
     (
         "data_said_once",
@@ -318,6 +319,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "model.megatron_core.fp8_margin",
         "needs Transformer Engine",
     ),
+    *DATA_CASES,
     *OPTIMIZER_CASES,
     *DEVICE_CASES,
 ]
