@@ -23,13 +23,18 @@ ALLOWED: dict[str, str] = {
     r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model": (
         "files may move; their hashes are compared"
     ),
-    r"moe\.moe_token_dispatcher_type": "how tokens travel does not change what is computed",
+    r"moe\.(moe_token_dispatcher_type|moe_flex_dispatcher_backend)": (
+        "how tokens travel does not change what is computed"
+    ),
+    r"training\.gradient_accumulation_fusion|model\.apply_rope_fusion|moe\.moe_(permute|router)_fusion": (
+        "another kernel computes the same"
+    ),
     r"moe\.moe_would_drop_capacity_factor": "it changes a reported number only",
 }
 """Keys, as patterns, that may change, with the reason. All others decide the model, its data, or the steps to
 come."""
 
-_FOLLOWS_TRAIN_ITERS = ("optimizer.lr_decay_iters", "optimizer.lr_warmup_iters")
+_FOLLOWS_TRAIN_ITERS = ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters")
 
 
 def differences(
@@ -63,13 +68,14 @@ def _rank(key: str) -> tuple[int, str]:
 
 
 def _follows(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether the schedule spanned the whole run and still does, the warm-up being the same part of it."""
-    if key not in _FOLLOWS_TRAIN_ITERS:
+    """Whether the schedule spanned the whole run and still does, the warm-up being the same part of it; the
+    final decay of WSD lies at the end, wherever that is."""
+    if key.removeprefix("optimizer.") not in _FOLLOWS_TRAIN_ITERS:
         return False
     whole = all(
         values.get("optimizer.lr_decay_iters") == values.get("training.train_iters") for values in (old, new)
     )
-    if key == "optimizer.lr_decay_iters":
+    if key != "optimizer.lr_warmup_iters":
         return whole
     fraction = "optimizer.lr_warmup_fraction"
     return whole and new.get(fraction) is not None and old.get(fraction) == new.get(fraction)

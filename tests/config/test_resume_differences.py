@@ -46,6 +46,7 @@ def test_the_same_experiment_does_not_differ(tmp_path: Path) -> None:
         "recompute.layers_per_stage=[2]",
         "parallel.data_parallel_size=2",
         "moe.moe_token_dispatcher_type=allgather",
+        "training.gradient_accumulation_fusion=true",
     ],
 )
 def test_allowed(tmp_path: Path, override: str) -> None:
@@ -59,6 +60,8 @@ def test_allowed(tmp_path: Path, override: str) -> None:
     [
         "training.seed=2",
         "training.global_batch_size=16",
+        "training.rampup_batch_size=[2, 2, 10]",
+        "optimizer.expert_lr=1e-3",
         "training.seq_length=32",
         "training.precision=bf16",
         "model.num_layers=8",
@@ -98,6 +101,15 @@ def test_a_schedule_over_the_whole_run_follows_its_length(tmp_path: Path) -> Non
     ]
     _, refused = compare(tmp_path, ["optimizer.lr_decay_iters=5"], ["optimizer.lr_decay_iters=100", longer])
     assert [key for key, _, _ in refused] == ["optimizer.lr_decay_iters"]
+
+
+def test_the_final_decay_moves_with_the_end_of_the_run(tmp_path: Path) -> None:
+    style, longer = "optimizer.lr_decay_style=WSD", "training.train_iters=100"
+    allowed, refused = compare(tmp_path, [style], [style, longer])
+    assert refused == []
+    assert ("optimizer.lr_wsd_decay_iters", 1, 10) in allowed
+    _, refused = compare(tmp_path, [style, "optimizer.lr_decay_iters=9"], [style, longer])
+    assert [key for key, _, _ in refused] == ["optimizer.lr_wsd_decay_iters", "optimizer.lr_decay_iters"]
 
 
 def test_files_may_move_but_not_change_their_reading(tmp_path: Path) -> None:
