@@ -112,6 +112,21 @@ def shared_experts_over_tp(e: Experiment) -> Problems:
         )
 
 
+def biases_of_experts(e: Experiment) -> Problems:
+    """Which experts can have biases: routed ones, over ETP with our blocks only, and no shared ones."""
+    biases, shared = "model.megatron_core.add_bias_linear", "moe.moe_shared_expert_intermediate_size"
+    if e.moe is None or e.model.megatron_core.get("add_bias_linear") is not True:
+        return
+    if e.moe.moe_shared_expert_intermediate_size is not None:
+        text = f"does not go with {shared}: Megatron-Core's shared experts have no biases"
+        yield Problem((biases, shared), text, "leave one of the two out")
+    etp = set_value(e.parallel.expert_tensor_parallel_size)
+    if etp > 1 and e.model.spec == "transformer_engine":
+        text = f"does not go with {ETP} and model.spec: Transformer Engine's experts would add them twice"
+        yield Problem((biases, ETP, "model.spec"), text, f"set {ETP} to 1, or model.spec to native")
+    yield from divides("model.hidden_size", e.model.hidden_size, ETP, etp)
+
+
 def moe_layer_list_length(e: Experiment) -> Problems:
     """A list of MoE layers says so for each layer, and names one at least."""
     if e.moe is None or not isinstance(e.moe.moe_layer_freq, list):

@@ -26,6 +26,9 @@ EXPERTS = re.compile(r"(.*\.experts\.linear_fc[12])(?:\.weight(\d+))?$")
 """The routed experts' weights: all local experts in one parameter, or with Transformer Engine's blocks one
 each."""
 
+BIAS = re.compile(r"bias\d*$")
+"""Biases; Transformer Engine numbers those of its experts."""
+
 
 @torch.no_grad()
 def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> None:
@@ -39,8 +42,11 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
     """
     model = experiment.model
     for name, parameter in chunk.named_parameters():
+        if BIAS.search(name):
+            parameter.zero_()
+            continue
         if parameter.dim() == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(1.0)
             continue
         name = _global_name(name, stage, not model.untie_embeddings_and_output_weights)
         std = model.init_method_std / (math.sqrt(2 * model.num_layers) if RESIDUAL.search(name) else 1.0)

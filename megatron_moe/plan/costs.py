@@ -22,7 +22,6 @@ FORMULA = (
 """What `flops_per_token` computes. Printed beside every number made from it."""
 
 _UNCOUNTED = (
-    "add_bias_linear",
     "attention_output_gate",
     "experimental_attention_variant",
     "heterogeneous_block_specs",
@@ -180,8 +179,10 @@ def _attention(experiment: Experiment) -> list[Weights]:
     query_width = model.num_attention_heads * model.kv_channels
     qkv_width = query_width + 2 * model.num_query_groups * model.kv_channels
     weights = [_matrix(model.hidden_size * qkv_width), _matrix(query_width * model.hidden_size)]
-    if _option(experiment, "add_qkv_bias"):
+    if _option(experiment, "add_qkv_bias") or _option(experiment, "add_bias_linear"):
         weights.append(_vector(qkv_width, split="tensor"))
+    if _option(experiment, "add_bias_linear"):
+        weights.append(_vector(model.hidden_size))
     if _option(experiment, "qk_layernorm"):
         weights += [_norm(experiment, model.kv_channels) for _ in range(2)]
     return weights
@@ -193,23 +194,31 @@ def _first_width(experiment: Experiment, inner_width: int) -> int:
 
 
 def _feed_forward(experiment: Experiment, inner_width: int) -> list[Weights]:
-    hidden_size = experiment.model.hidden_size
-    return [_matrix(hidden_size * _first_width(experiment, inner_width)), _matrix(inner_width * hidden_size)]
+    hidden_size, first_width = experiment.model.hidden_size, _first_width(experiment, inner_width)
+    weights = [_matrix(hidden_size * first_width), _matrix(inner_width * hidden_size)]
+    if _option(experiment, "add_bias_linear"):
+        weights += [_vector(first_width, split="tensor"), _vector(hidden_size)]
+    return weights
 
 
 def _mixture(experiment: Experiment) -> list[Weights]:
     """Router, experts and shared experts of one layer."""
     moe, hidden_size = experiment.moe, experiment.model.hidden_size
     assert moe is not None and moe.moe_ffn_hidden_size is not None
-    inner_width = moe.moe_ffn_hidden_size
-    one_expert = hidden_size * (_first_width(experiment, inner_width) + inner_width)
-    experts = Weights(
-        total=moe.num_moe_experts * one_expert,
-        active=moe.moe_router_topk * one_expert,
-        multiplied=moe.moe_router_topk * one_expert,
-        split="expert",
+    inner_width, first_width = moe.moe_ffn_hidden_size, _first_width(experiment, moe.moe_ffn_hidden_size)
+    matrices, biases = hidden_size * (first_width + inner_width), 0
+    weights = [_matrix(hidden_size * moe.num_moe_experts, split="no")]
+    if _option(experiment, "add_bias_linear"):
+        biases = first_width + hidden_size
+        weights.append(_vector(moe.num_moe_experts))
+    weights.append(
+        Weights(
+            total=moe.num_moe_experts * (matrices + biases),
+            active=moe.moe_router_topk * (matrices + biases),
+            multiplied=moe.moe_router_topk * matrices,
+            split="expert",
+        )
     )
-    weights = [_matrix(hidden_size * moe.num_moe_experts, split="no"), experts]
     if moe.moe_shared_expert_intermediate_size is not None:
         weights += _feed_forward(experiment, moe.moe_shared_expert_intermediate_size)
         if _option(experiment, "moe_shared_expert_gate"):

@@ -91,15 +91,18 @@ def test_what_the_model_room_sets_cannot_be_set_here_too() -> None:
 def test_what_is_left_open_can_be_written_in_yaml() -> None:
     fields = reader.transformer_fields()
     left = [name for name in fields if own_key(name) is None and refusal(name, "native") is None]
-    assert {"qk_layernorm", "add_qkv_bias", "moe_router_score_function", "moe_shared_expert_gate"} <= set(
-        left
-    )
+    assert {
+        "qk_layernorm",
+        "add_qkv_bias",
+        "add_bias_linear",
+        "moe_router_score_function",
+        "moe_shared_expert_gate",
+    } <= set(left)
     assert [name for name in left if reader.describe(fields[name]) is None] == []
 
 
 def test_fields_that_do_not_work_natively_are_refused() -> None:
     for name in (
-        "add_bias_linear",
         "fp8",
         "fp8_recipe",
         "apply_rope_fusion",
@@ -144,7 +147,7 @@ def test_no_pattern_matches_nothing_by_a_slip() -> None:
         ("hidden_size=3", "is what model.hidden_size (64, experiment.yaml:2) decides"),
         ("bf16=true", 'is what training.precision ("auto", default) decides'),
         ("init_method=x", "cannot be set: the trainer sets it itself"),
-        ("add_bias_linear=true", "cannot be set: biases fail"),
+        ("bias_dropout_fusion=true", "cannot be set: the trainer sets it itself"),
     ],
 )
 def test_messages(tmp_path: Path, entry: str, words: str) -> None:

@@ -26,9 +26,11 @@ def compute(
     sizes: list[int],
     fc1: Tensor,
     fc2: Tensor,
+    biases: list[Tensor],
     upstream: Tensor,
 ) -> list[Tensor]:
-    """Output, and gradients of tokens, gate weights and both weights, of experts in one process."""
+    """Output, and gradients of tokens, gate weights, both weights and the biases if there are any, of experts
+    in one process."""
     from types import SimpleNamespace
 
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -43,14 +45,20 @@ def compute(
         moe_ffn_hidden_size=fc2.size(2),
         hidden_size=tokens.size(1),
         params_dtype=tokens.dtype,
+        add_bias_linear=bool(biases),
+        recompute_granularity=None,
     )
     experts = Experts(len(sizes), config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
     experts.linear_fc1.data, experts.linear_fc2.data = fc1, fc2
+    parameters = [experts.linear_fc1, experts.linear_fc2]
+    if biases:
+        experts.bias_fc1.bias.data, experts.bias_fc2.bias.data = biases
+        parameters += [experts.bias_fc1.bias, experts.bias_fc2.bias]
     leaves = [tokens.clone().requires_grad_(), probs.clone().requires_grad_()]
     output, bias = experts(leaves[0], torch.tensor(sizes), leaves[1])
     assert bias is None
     output.backward(upstream)
-    return [output.detach(), *(x.grad for x in (*leaves, experts.linear_fc1, experts.linear_fc2))]
+    return [output.detach(), *(x.grad for x in (*leaves, *parameters))]
 
 
 def with_sequential_experts() -> Any:
@@ -90,7 +98,7 @@ def shards(experiment: Experiment, sequential: bool) -> list[tuple[Any, ...]]:
     for tensor in sharded_weights([chunk(experiment, sequential)]):
         if ".mlp.experts." not in tensor.key:
             continue
-        axis = len(tensor.global_shape) - 3
+        axis = len(tensor.global_shape) - (3 if tensor.key.endswith("weight") else 2)
         offset, shape = list(tensor.global_offset), list(tensor.local_shape)
         shape = [1] * (len(offset) - len(shape)) + shape
         for expert in range(shape[axis]):
@@ -100,6 +108,15 @@ def shards(experiment: Experiment, sequential: bool) -> list[tuple[Any, ...]]:
                 (tensor.key, tuple(tensor.global_shape), tuple(begin), tuple(size), tensor.replica_id)
             )
     return sorted(found)
+
+
+@torch.no_grad()
+def _draw_biases(model: torch.nn.Module) -> None:
+    """Give the experts' biases, which start as zeros, values of their own."""
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    for name, parameter in model.named_parameters():
+        if ".experts." in name and name.endswith(".bias"):
+            parameter.normal_(generator=generator)
 
 
 def exchanged(
@@ -114,6 +131,7 @@ def exchanged(
     for sequential in (from_sequential, not from_sequential):
         model = chunk(experiment, sequential)
         if not logits:
+            _draw_biases(model)
             save_weights(Path(folder), [model])
         else:
             for parameter in model.parameters():

@@ -28,21 +28,30 @@ SPLIT = {
 
 
 def by_formula(
-    activation: str, tokens: Tensor, probs: Tensor, sizes: list[int], fc1: Tensor, fc2: Tensor
+    activation: str,
+    tokens: Tensor,
+    probs: Tensor,
+    sizes: list[int],
+    fc1: Tensor,
+    fc2: Tensor,
+    bias1: Tensor,
+    bias2: Tensor,
 ) -> Tensor:
-    """fc2_e(p * act(fc1_e x)), expert by expert."""
+    """p * (fc2_e act(fc1_e x + bias1_e) + bias2_e), expert by expert."""
     parts = []
-    for x, p, up, down in zip(tokens.split(sizes), probs.split(sizes), fc1, fc2, strict=True):
-        inner = x @ up.T
+    for e, (x, p) in enumerate(zip(tokens.split(sizes), probs.split(sizes), strict=True)):
+        inner = x @ fc1[e].T + bias1[e]
         gates = 2 if activation.endswith("glu") else 1
-        parts.append((ACTIVATIONS[activation](*inner.chunk(gates, -1)) * p[:, None]) @ down.T)
+        parts.append(p[:, None] * (ACTIVATIONS[activation](*inner.chunk(gates, -1)) @ fc2[e].T + bias2[e]))
     return torch.cat(parts)
 
 
 def sample(activation: str, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Tokens, gate weights, both weights, both biases, upstream gradient."""
     generator = torch.Generator().manual_seed(6)
-    width = 6 * (2 if activation.endswith("glu") else 1)
-    shapes = [(sum(sizes), 8), (sum(sizes),), (len(sizes), width, 8), (len(sizes), 8, 6), (sum(sizes), 8)]
+    count, width = len(sizes), 6 * (2 if activation.endswith("glu") else 1)
+    shapes = [(sum(sizes), 8), (sum(sizes),), (count, width, 8), (count, 8, 6)]
+    shapes += [(count, width), (count, 8), (sum(sizes), 8)]
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
@@ -55,12 +64,25 @@ def sample(activation: str, sizes: list[int], dtype: torch.dtype) -> list[Tensor
     ],
     ids=[*ACTIVATIONS, *list(SIZES)[1:]],
 )
-def test_values_and_gradients(activation: str, sizes: list[int], dtype: torch.dtype) -> None:
-    tokens, probs, fc1, fc2, upstream = sample(activation, sizes, dtype)
-    actual = ranks(1).run(experts_on_ranks.compute, activation, tokens, probs, sizes, fc1, fc2, upstream)[0]
-    leaves = [x.double().requires_grad_() for x in (tokens, probs, fc1, fc2)]
-    output = by_formula(activation, leaves[0], leaves[1], sizes, leaves[2], leaves[3])
-    expected = [output.detach(), *torch.autograd.grad(output, leaves, upstream.double())]
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
+def test_values_and_gradients(activation: str, sizes: list[int], biased: bool, dtype: torch.dtype) -> None:
+    tokens, probs, fc1, fc2, *biases, upstream = sample(activation, sizes, dtype)
+    if not biased:
+        biases = [torch.zeros_like(bias) for bias in biases]
+    actual = ranks(1).run(
+        experts_on_ranks.compute,
+        activation,
+        tokens,
+        probs,
+        sizes,
+        fc1,
+        fc2,
+        biases if biased else [],
+        upstream,
+    )[0]
+    leaves = [x.double().requires_grad_() for x in (tokens, probs, fc1, fc2, *biases)]
+    output = by_formula(activation, leaves[0], leaves[1], sizes, *leaves[2:])
+    expected = [output.detach(), *torch.autograd.grad(output, leaves, upstream.double())][: len(actual)]
     tolerance = 1e-14 if dtype == torch.float64 else 1e-2
     for mine, exact in zip(actual, expected, strict=True):
         assert mine.dtype == dtype and mine.shape == exact.shape
@@ -71,7 +93,11 @@ def test_values_and_gradients(activation: str, sizes: list[int], dtype: torch.dt
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_checkpoints_hold_what_megatron_cores_experts_hold(name: str, activation: str) -> None:
-    setup = experiment(parallel=SPLIT[name], model={"activation": activation, "num_layers": 2})
+    # Under ETP each rank holds a part of the second biases here, and all of them in SequentialMLP.
+    biases = {"add_bias_linear": name != "ETP2"}
+    setup = experiment(
+        parallel=SPLIT[name], model={"activation": activation, "num_layers": 2, "megatron_core": biases}
+    )
     ours = ranks(2).run(experts_on_ranks.shards, setup, False)
     theirs = ranks(2).run(experts_on_ranks.shards, setup, True)
     assert ours == theirs
@@ -82,7 +108,9 @@ def test_checkpoints_hold_what_megatron_cores_experts_hold(name: str, activation
 @pytest.mark.parametrize("name", ["EP2", "ETP2"])
 @pytest.mark.parametrize("from_sequential", [True, False], ids=["theirs to ours", "ours to theirs"])
 def test_checkpoints_are_interchangeable(name: str, from_sequential: bool, tmp_path: Path) -> None:
-    setup = experiment(parallel=SPLIT[name], model={"num_layers": 2})
+    # SequentialMLP adds the second biases once for each ETP rank, which Megatron-Core refuses.
+    biases = {"add_bias_linear": name != "ETP2"}
+    setup = experiment(parallel=SPLIT[name], model={"num_layers": 2, "megatron_core": biases})
     tokens = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(1))
     for saved, loaded in ranks(2).run(
         experts_on_ranks.exchanged, setup, str(tmp_path), from_sequential, tokens

@@ -5,18 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_moe.model.moe.grouped_linear import grouped_linear
+from megatron_moe.engine.recompute import DiscardedOutput
+from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_linear
 
 
 class Experts(torch.nn.Module):
-    """Feed-forward experts: fc2_e(p * act(fc1_e x)) for each token x with gate weight p.
+    """Feed-forward experts: p * fc2_e(act(fc1_e x)) for each token x with gate weight p.
 
     Stands where Megatron-Core's specs have `experts`. Its SequentialMLP runs a module an expert; here the
     weights of all local experts are two parameters. The checkpoint holds them under the same keys and in the
     same global shape as SequentialMLP's, [.., experts, out, in] with the gate's rows before the
-    up-projection's.
+    up-projection's, and biases [.., experts, out].
 
     Args:
         num_local_experts: experts e of this rank.
@@ -25,7 +27,9 @@ class Experts(torch.nn.Module):
 
     Parameters:
         linear_fc1: [e, g * f, h], f inner width of this expert-tensor-parallel rank, g = 2 where the
-        activation is gated, else 1. linear_fc2: [e, h, f].
+        activation is gated, else 1. linear_fc2: [e, h, f]. With `config.add_bias_linear` also
+        bias_fc1.bias: [e, g * f], and bias_fc2.bias: [e, h / ETP]. The expert-tensor-parallel ranks' outputs
+        are added up, so that each adds its part of the channels, and each channel's bias is added once.
     """
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
@@ -34,9 +38,17 @@ class Experts(torch.nn.Module):
         self.groups = pg_collection
         self.num_local_experts = num_local_experts
         self.gates = 2 if config.gated_linear_unit else 1
+        self.recompute_activation = (
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
+        )
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         self.linear_fc1 = self._parameter((num_local_experts, self.gates * width, config.hidden_size), dim=1)
         self.linear_fc2 = self._parameter((num_local_experts, config.hidden_size, width), dim=2)
+        self.bias_fc1 = self.bias_fc2 = None
+        if config.add_bias_linear:
+            channels = config.hidden_size // pg_collection.expt_tp.size()
+            self.bias_fc1 = ExpertBias(self._parameter((num_local_experts, self.gates * width), dim=1))
+            self.bias_fc2 = ExpertBias(self._parameter((num_local_experts, channels), dim=1))
 
     def _parameter(self, shape: tuple[int, ...], dim: int) -> torch.nn.Parameter:
         """An uninitialised weight whose gradient is reduced over the experts' own replicas."""
@@ -62,16 +74,33 @@ class Experts(torch.nn.Module):
             probs: [t] gate weights.
 
         Returns:
-            [t, h], and no bias.
+            [t, h], and no bias: it is in there already, with its gate weight.
         """
         inner = grouped_linear(tokens, self.linear_fc1, tokens_per_expert)
+        if self.bias_fc1 is not None:
+            inner = inner + self.bias_fc1(tokens_per_expert, len(tokens))
+        if self.recompute_activation:
+            activation = DiscardedOutput()
+            activated = activation.checkpoint(self._activated, inner, probs)
+            output = grouped_linear(activated, self.linear_fc2, tokens_per_expert)
+            activation.discard_output_and_register_recompute(output)
+        else:
+            activated = self._activated(inner, probs)
+            output = grouped_linear(activated, self.linear_fc2, tokens_per_expert)
+        if self.bias_fc2 is not None:
+            bias = (self.bias_fc2(tokens_per_expert, len(tokens)) * probs.unsqueeze(-1)).to(tokens.dtype)
+            before = self.groups.expt_tp.rank() * bias.size(1)
+            output = output + F.pad(bias, (before, output.size(1) - before - bias.size(1)))
+        return output, None
+
+    def _activated(self, inner: Tensor, probs: Tensor) -> Tensor:
+        """[t, g * f] and gate weights [t] -> [t, f]."""
         if self.gates == 2:
             gate, up = inner.chunk(2, dim=-1)
-            inner = self.config.activation_func(gate) * up
+            activated = self.config.activation_func(gate) * up
         else:
-            inner = self.config.activation_func(inner)
-        inner = (inner * probs.unsqueeze(-1)).to(tokens.dtype)
-        return grouped_linear(inner, self.linear_fc2, tokens_per_expert), None
+            activated = self.config.activation_func(inner)
+        return (activated * probs.unsqueeze(-1)).to(inner.dtype)
 
     def backward_dw(self) -> None:
         """Weight gradients are not delayed."""
@@ -85,19 +114,25 @@ class Experts(torch.nn.Module):
         def factory(name: str, parameter: torch.nn.Parameter, build: Any, merge: Any) -> Any:
             # Only one of the replicas writes: rank 0 of the expert-data-parallel group.
             return ShardedTensorFactory(
-                f"{prefix}experts.{name}.weight",
+                f"{prefix}experts.{name}",
                 parameter,
                 lambda key, data, replica_id, flattened_range: build(key, data, replica_id, sharded_offsets),
                 merge,
                 (0, 0, self.groups.expt_dp.rank()),
             )
 
-        return {
-            f"{prefix}linear_fc1": factory("linear_fc1", self.linear_fc1, self._shard_fc1, self._merge_fc1),
-            f"{prefix}linear_fc2": factory(
-                "linear_fc2", self.linear_fc2, self._shard_fc2, lambda shards: shards[0]
-            ),
+        shards = {
+            "linear_fc1": factory("linear_fc1.weight", self.linear_fc1, self._shard_fc1, self._merge_fc1),
+            "linear_fc2": factory("linear_fc2.weight", self.linear_fc2, self._shard_fc2, _only),
         }
+        if self.bias_fc1 is not None and self.bias_fc2 is not None:
+            shards |= {
+                "bias_fc1.bias": factory(
+                    "linear_fc1.bias", self.bias_fc1.bias, self._shard_fc1, self._merge_fc1
+                ),
+                "bias_fc2.bias": factory("linear_fc2.bias", self.bias_fc2.bias, self._shard_fc2, _only),
+            }
+        return {f"{prefix}{name}": shard for name, shard in shards.items()}
 
     def _shard_fc1(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
         tensor_rank, tensor_size = self.groups.expt_tp.rank(), self.groups.expt_tp.size()
@@ -117,7 +152,8 @@ class Experts(torch.nn.Module):
         return torch.cat(shards, dim=1)
 
     def _shard_fc2(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
-        tensor = (2, self.groups.expt_tp.rank(), self.groups.expt_tp.size())
+        # The matrix is cut along what comes in, the bias along what goes out.
+        tensor = (data.dim() - 1, self.groups.expt_tp.rank(), self.groups.expt_tp.size())
         return [self._shard(key, data, tensor, replica_id, offsets)]
 
     def _shard(
@@ -138,3 +174,8 @@ class Experts(torch.nn.Module):
             replica_id=replica_id,
             prepend_axis_num=leading,
         )
+
+
+def _only(shards: list[Tensor]) -> Tensor:
+    (shard,) = shards
+    return shard

@@ -28,6 +28,26 @@ def grouped_linear(tokens: Tensor, weight: Tensor, tokens_per_expert: Tensor) ->
     return _ExpertLoop.apply(tokens, weight, sizes)
 
 
+class ExpertBias(torch.nn.Module):
+    """One vector an expert. A module for the parameter's name, `bias`, which takes no weight decay.
+
+    Args:
+        bias: [e, out].
+    """
+
+    def __init__(self, bias: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
+        """The bias of each token's expert, [num_tokens, out], for tokens sorted by expert."""
+        experts = torch.arange(len(self.bias), device=self.bias.device)
+        counts = tokens_per_expert.to(self.bias.device)
+        expert_of_token = torch.repeat_interleave(experts, counts, output_size=num_tokens)
+        # A look-up, because its gradient is summed in a fixed order on every device.
+        return torch.nn.functional.embedding(expert_of_token, self.bias)
+
+
 def _rows_are_aligned(weight: Tensor) -> bool:
     """grouped_mm wants rows of a multiple of 16 bytes."""
     return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
