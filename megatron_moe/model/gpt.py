@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.engine import recompute
 from megatron_moe.engine.versions import repair_missing_transformer_engine
 from megatron_moe.model.initialization import initialize
 from megatron_moe.model.layers import block_spec
@@ -34,6 +35,8 @@ def build_chunks(experiment: Experiment, plan: Plan, dtype: torch.dtype) -> list
     repair_missing_transformer_engine()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     config = transformer_config(experiment, plan, rank, dtype)
+    if config.recompute_granularity == "selective" and not config.fp8:
+        recompute.use_for_norms()
     stages = [stage for stage in plan.stages if stage.pipeline_rank == rank]
     chunks: list[torch.nn.Module] = []
     for stage in stages:

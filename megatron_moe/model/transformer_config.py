@@ -20,6 +20,13 @@ ACTIVATIONS: dict[str, tuple[Any, bool]] = {
 }
 """`model.activation` -> (function, whether a second projection gates it)."""
 
+BIASES = "add_bias_linear"
+"""Biases of all linear layers, experts and routers; a field of TransformerConfig."""
+
+_UNCHECKED_MODULES = ("core_attn", "moe_act")
+"""Recomputed modules that TransformerConfig must not see: of the first it warns that Transformer Engine's
+attention needs none, and the second it ties to its own grouped experts."""
+
 
 def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, dtype: torch.dtype) -> Any:
     """The TransformerConfig of the ranks of one pipeline rank.
@@ -34,20 +41,26 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         | _moe_fields(experiment)
         | _parallel_fields(experiment, plan)
         | _recompute_fields(experiment, plan, pipeline_rank)
+        | _device_fields(experiment)
     )
     further = experiment.model.megatron_core
+    has_biases = further.get(BIASES, False)
     try:
-        return TransformerConfig(**fields, **further)
+        config = TransformerConfig(**fields, **further | {BIASES: False})
     except (AssertionError, TypeError, ValueError) as error:
         if not further:
             raise
-        | _device_fields(experiment)
         entries = ", ".join(f"{name}: {value}" for name, value in further.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(
             f"model.megatron_core ({entries}): Megatron-Core refuses this in the experiment: {reason}; "
             "change or leave out what it names"
         ) from error
+    # Not before its checks: they refuse experts with biases where ETP > 1, which its own add up wrongly.
+    config.add_bias_linear = has_biases
+    if experiment.recompute.granularity == "selective":
+        config.recompute_modules = list(experiment.recompute.modules or ())
+    return config
 
 
 def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
@@ -67,7 +80,6 @@ def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
-        "add_bias_linear": False,
         # Weights are drawn by `model.initialization`, by name, so that they don't depend on the layout.
         # Megatron-Core must believe that it initialises, or it leaves the marks of tensor parallelism off the
         # parameters.
@@ -134,19 +146,27 @@ def _parallel_fields(experiment: Experiment, plan: Plan) -> dict[str, Any]:
 
 
 def _recompute_fields(experiment: Experiment, plan: Plan, pipeline_rank: int) -> dict[str, Any]:
+    recompute = experiment.recompute
+    if recompute.granularity == "selective":
+        modules = [name for name in recompute.modules or () if name not in _UNCHECKED_MODULES]
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
     count = max(stage.recompute_num_layers for stage in plan.stages if stage.pipeline_rank == pipeline_rank)
     if count == 0:
         return {}
     return {
         "recompute_granularity": "full",
-        "recompute_method": experiment.recompute.method,
+        "recompute_method": recompute.method,
         "recompute_num_layers": count,
     }
 
 
 def _device_fields(experiment: Experiment) -> dict[str, Any]:
     """What runs in kernels of Transformer Engine, apex or DeepEP, by explicit keys only."""
-    training, moe, layers = experiment.training, experiment.moe, experiment.recompute.cpu_offloading_num_layers
+    training, moe, layers = (
+        experiment.training,
+        experiment.moe,
+        experiment.recompute.cpu_offloading_num_layers,
+    )
     fields: dict[str, Any] = {
         "gradient_accumulation_fusion": training.gradient_accumulation_fusion,
         "apply_rope_fusion": experiment.model.apply_rope_fusion,
