@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_moe.engine import overlap
 from megatron_moe.engine.groups import gloo_beside_nccl
 from megatron_moe.engine.versions import write_checkpoints_in_process
 
@@ -92,7 +93,7 @@ def check_names(folder: Path, state: dict[str, Any]) -> None:
 
 
 def sharded_weights(chunks: list[torch.nn.Module]) -> list[Any]:
-    """Every ShardedTensor of this rank's model chunks, gate and up-projection apart."""
+    """Every ShardedTensor of this rank's model chunks, gate and up-projection apart. A collective."""
     return list(_sharded_tensors(_model_state(chunks)))
 
 
@@ -130,6 +131,7 @@ def _named(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
+    overlap.complete_weights(chunks)
     return {name: model.sharded_state_dict(metadata=_metadata()) for name, model in _named(chunks)}  # type: ignore[operator]
 
 

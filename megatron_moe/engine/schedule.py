@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_moe.engine import overlap
 from megatron_moe.engine.segments import chunks_of_rank, segments
 
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any]]]
@@ -25,9 +26,16 @@ class Shapes:
     seq_length: int
 
 
-def prepare(config: Any, optimizer: Any) -> None:
-    """Give the schedule its gradient hooks. `config` is the TransformerConfig that the model chunks hold."""
+def prepare(config: Any, optimizer: Any, chunks: list[torch.nn.Module]) -> None:
+    """Give the schedule its hooks for gradients and weights.
+
+    Args:
+        config: the TransformerConfig that the model chunks hold.
+        chunks: wrapped model chunks of this rank.
+    """
     from megatron.core.distributed import finalize_model_grads
+
+    overlap.connect(config, chunks)
 
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
@@ -69,7 +77,7 @@ def zero_gradients(chunks: list[torch.nn.Module], optimizer: Any) -> None:
     optimizer.zero_grad()
 
 
-def update(optimizer: Any) -> tuple[bool, float]:
+def update(optimizer: Any, chunks: list[torch.nn.Module]) -> tuple[bool, float]:
     """Clip and step, unless the gradient norm is not finite: then the weights stay as they are.
 
     As Megatron-Core's ChainedOptimizer.step, which would step all the same.
@@ -87,7 +95,9 @@ def update(optimizer: Any) -> tuple[bool, float]:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
-    return bool(optimizer.step_with_ready_grads()), norm
+    updated = bool(optimizer.step_with_ready_grads())
+    overlap.weights_updated(chunks)
+    return updated, norm
 
 
 def share_of_reports(reports: list[Tensor], device: torch.device, width: int = 2) -> Tensor:

@@ -36,9 +36,9 @@ def start(experiment: Experiment, plan: Plan, run_folder: Path) -> Trainer:
     dtype = device.resolve_precision(experiment.training.precision)
     chunks = build_chunks(experiment, plan, dtype)
     config = get_model_config(chunks[0])
-    wrapped = wrap_data_parallel(config, chunks)
+    wrapped = wrap_data_parallel(config, chunks, experiment.parallel)
     optimizer = build_optimizer(experiment, wrapped, dtype)
-    schedule.prepare(config, optimizer)
+    schedule.prepare(config, optimizer, wrapped)
 
     prepared = prepare(experiment, Path(experiment.logging.root))
     # Rank 0 makes the sample index, the others read it.

@@ -17,6 +17,8 @@ from megatron_moe.data.batches import Microbatches, Samples
 from megatron_moe.data.prepare import Prepared
 from megatron_moe.engine import schedule
 from megatron_moe.engine.device import Device
+from megatron_moe.engine.optimizer import learning_rates
+from megatron_moe.plan.batch_ramp import global_batch_size
 from megatron_moe.plan.plan import Plan
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
@@ -75,26 +77,29 @@ class Trainer:
     def step(self, batches: Iterator[Batch]) -> Record:
         """One optimizer step over the next global batch; its record."""
         started = time.perf_counter()
+        training = self.experiment.training
+        sequences = global_batch_size(training, self.consumed_samples)
+        shapes = self.shapes(sequences)
         schedule.zero_gradients(self.chunks, self.optimizer)
         # Iteration i trains at the schedule's i-th rate: the first is not zero, the last is min_lr.
         self.scheduler.num_steps = self.iteration
         self.scheduler.step(1)
-        reports = schedule.run(self.chunks, self.iterators(batches), forward_step, self.shapes())
-        updated, grad_norm = schedule.update(self.optimizer)
+        reports = schedule.run(self.chunks, self.iterators(batches, shapes), forward_step, shapes)
+        updated, grad_norm = schedule.update(self.optimizer, self.chunks)
         sums = reduce_step(
             self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
         )
         self.stopped = sums.stop_requested
         self.iteration += 1
-        self.consumed_samples += self.experiment.training.global_batch_size
+        self.consumed_samples += sequences
         step_time = time.perf_counter() - started
-        tokens = self.experiment.training.global_batch_size * self.experiment.training.seq_length
+        tokens = sequences * training.seq_length
         record: Record = {
             "iteration": self.iteration,
             "loss": sums.loss / sums.targets if sums.targets else None,
             "grad_norm": grad_norm,
-            "lr": self.scheduler.get_lr({}),
-            "consumed_tokens": self.consumed_samples * self.experiment.training.seq_length,
+            **learning_rates(self.experiment, self.scheduler),
+            "consumed_tokens": self.consumed_samples * training.seq_length,
             "step_time_s": step_time,
             "tokens_per_second": tokens / step_time,
             "model_tflops_per_device": self.plan.flops_per_token
@@ -103,6 +108,8 @@ class Trainer:
             / self.plan.layout.world_size
             / 1e12,
         }
+        if training.rampup_batch_size is not None:
+            record["global_batch_size"] = sequences
         if not updated:
             record["skipped"] = "the gradient norm is not finite"
         if sums.moe is not None:
@@ -113,13 +120,14 @@ class Trainer:
     def evaluate(self, dataset: Samples, iterations: int) -> float:
         """Mean loss a target token over the first `iterations` global batches of `dataset`, in order."""
         batches = self.microbatches(dataset, 0, shuffle=False)
+        shapes = self.shapes()
         for chunk in self.chunks:
             chunk.eval()
         reports = []
         with torch.no_grad():
             for _ in range(iterations):
                 reports += schedule.run(
-                    self.chunks, self.iterators(batches), forward_step, self.shapes(), forward_only=True
+                    self.chunks, self.iterators(batches, shapes), forward_step, shapes, forward_only=True
                 )
         for chunk in self.chunks:
             chunk.train()
@@ -143,16 +151,17 @@ class Trainer:
         )
         return (schedule.share_of_context(batch, self.device.torch_device) for batch in batches)
 
-    def iterators(self, batches: Iterator[Batch]) -> list[Iterator[Batch]]:
+    def iterators(self, batches: Iterator[Batch], shapes: schedule.Shapes) -> list[Iterator[Batch]]:
         """The next global batch's microbatches, once for each model chunk of this rank."""
-        this_step = list(itertools.islice(batches, self.shapes().num_microbatches))
+        this_step = list(itertools.islice(batches, shapes.num_microbatches))
         return [iter(this_step) for _ in self.chunks]
 
-    def shapes(self) -> schedule.Shapes:
-        """What one step sends through the pipeline."""
+    def shapes(self, sequences: int | None = None) -> schedule.Shapes:
+        """What a step over so many sequences, by default a whole global batch, sends through the pipeline."""
         training, replicas = self.experiment.training, self.plan.layout.data_parallel_size
+        sequences = sequences or training.global_batch_size
         return schedule.Shapes(
-            training.global_batch_size // (training.micro_batch_size * replicas),
+            sequences // (training.micro_batch_size * replicas),
             training.micro_batch_size,
             training.seq_length,
         )

@@ -22,7 +22,7 @@ def built(experiment: Experiment) -> tuple[Any, Any, list[torch.nn.Module]]:
     plan = plans.make(experiment)
     groups.initialize_model_parallel(plan.layout, seed=1, timeout_s=60)
     chunks = build_chunks(experiment, plan, torch.float32)
-    wrapped = wrap_data_parallel(get_model_config(chunks[0]), chunks)
+    wrapped = wrap_data_parallel(get_model_config(chunks[0]), chunks, experiment.parallel)
     optimizer = build_optimizer(experiment, wrapped, torch.float32)
     return optimizer, build_scheduler(experiment, optimizer), wrapped
 

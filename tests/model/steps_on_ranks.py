@@ -34,9 +34,9 @@ def build(experiment: Experiment) -> Model:
     dtype = devices.start(0).resolve_precision(experiment.training.precision)
     chunks = build_chunks(experiment, plan, dtype)
     config = _config(chunks)
-    wrapped = wrap_data_parallel(config, chunks)
+    wrapped = wrap_data_parallel(config, chunks, experiment.parallel)
     optimizer = build_optimizer(experiment, wrapped, dtype)
-    schedule.prepare(config, optimizer)
+    schedule.prepare(config, optimizer, wrapped)
     return Model(experiment, plan, wrapped, optimizer, build_scheduler(experiment, optimizer))
 
 
@@ -84,7 +84,7 @@ def step(model: Model, iteration: int, padded: bool) -> dict[str, float]:
     schedule.zero_gradients(model.chunks, model.optimizer)
     model.scheduler.step(1)
     reports = schedule.run(model.chunks, [iter(mine) for _ in model.chunks], forward_step, shapes)
-    updated, grad_norm = schedule.update(model.optimizer)
+    updated, grad_norm = schedule.update(model.optimizer, model.chunks)
     assert updated
     sums = reduce_step(model.experiment, model.chunks, reports, False, torch.device("cpu"))
     result = {"loss": sums.loss / sums.targets, "grad_norm": grad_norm}
