@@ -10,6 +10,7 @@ from megatron_moe.config import (
     optimizer_rules,
     recompute_rules,
     run_rules,
+    sink_rules,
 )
 from megatron_moe.config.megatron_core_rules import megatron_core_fields
 from megatron_moe.config.origin import Problem
@@ -69,8 +70,9 @@ RULES: list[Rule] = [
     optimizer_rules.expert_rates_need_experts,
     optimizer_rules.ramp_reaches_batch,
     layout_rules.batch_over_replicas,
-]
+    sink_rules.wandb_project_is_a_name,
     optimizer_rules.ramp_over_replicas,
+]
 
 
 def violations(experiment: Experiment, partial: bool = False) -> list[Problem]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_moe.config.dump import to_yaml
 from megatron_moe.data.prepare import prepare
-from megatron_moe.launch import preflight, resume
+from megatron_moe.launch import preflight, resume, sinks
 from megatron_moe.launch.run_folder import LockedRunFolder, open_locked
 from megatron_moe.plan.plan import Plan
 from megatron_moe.training import provenance
@@ -51,6 +51,7 @@ def begin(loaded: Loaded, plan: Plan, say: Callable[[str], None]) -> Job:
             )
             return Job(locked, finished=True)
         preflight.check(loaded)
+        sinks.check(loaded)
         prepared = prepare(experiment, Path(experiment.logging.root))
         if (checkpoint := resume.newest_checkpoint(locked.folder)) is not None:
             provenance.check(checkpoint, prepared)

@@ -19,14 +19,16 @@ class Checkpoint(Section):
 
 
 class WandB(Section):
-    """A Weights & Biases run; a resumed run goes on under the same id."""
+    """A Weights & Biases run; a resumed run goes on under the same id, which lies in the run folder. The
+    environment variable WANDB_MODE (online, offline or disabled) comes before `mode`."""
 
     project: Annotated[str, Field(min_length=1)]
-    """Project of the run."""
+    """Project of the run; the run is called like the experiment."""
     entity: Annotated[str, Field(min_length=1)] | None = None
     """User or team that owns the project. Default: the account's."""
     mode: Literal["online", "offline"] = "online"
-    """`offline` keeps everything in the run folder, for `wandb sync`."""
+    """`offline` keeps everything in the run folder, for `wandb sync`. `online` needs `wandb login` once;
+    where it cannot send, training goes on without it."""
 
 
 class Logging(Section):
@@ -37,13 +39,12 @@ class Logging(Section):
     detail_interval: PositiveInt = 10
     """Every so many iterations metrics.jsonl also holds lists with one entry a layer."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, to `tensorboard/` in the run folder. Needs the package
-    tensorboard."""
+    """Also write the metrics for TensorBoard, to `tensorboard/` in the run folder. Needs
+    `pip install 'megatron-moe[tensorboard]'`."""
     wandb: WandB | None = None
     """Also send the metrics to Weights & Biases. Leave the section out for none."""
     curves: bool = True
-    """Draw learning rate, loss and drop rate to `curves.png` in the run folder when the run ends. Needs the
-    package matplotlib."""
+    """Draw loss, learning rate and drop rate to `curves.png` in the run folder when the run ends."""
 
 
 class Launch(Section):

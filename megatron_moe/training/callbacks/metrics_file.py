@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.terminal import say
-from megatron_moe.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megatron_moe.training.trainer import Trainer
 
 
 class MetricsFile(Callback):

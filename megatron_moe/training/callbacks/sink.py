@@ -49,8 +49,8 @@ class Sink:
         """Finish. `completed`: the run did not end with an error."""
 
     def abandon(self) -> str:
-        """Called instead of waiting any longer. Returns what the user can do about what is missing."""
-        return "the rest is in metrics.jsonl only"
+        """Called instead of waiting any longer. Returns what the user should know, or do."""
+        return "it did not end; what it lacks is in metrics.jsonl"
 
 
 class Feed(Callback):
@@ -94,8 +94,7 @@ class Feed(Callback):
             else:
                 self.thread.join(patience_s)
         if self.thread.is_alive():
-            why = self.trouble or f"it was not done {patience_s:g} s after the last step"
-            self._say_once(f"{why}; {self.sink.abandon()}.")
+            self._say_once(f"{self.sink.abandon()}.")
         elif self.trouble is not None:
             self._say_once(f"{self.trouble}.")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_INIT_S = 60.0
+_INIT_S = 30.0
 """What wandb tries to reach its server for."""
 
 

@@ -53,7 +53,7 @@ class WeightsAndBiases(Sink):
     """
 
     key = "logging.wandb"
-    patience_s = 20.0
+    patience_s = 15.0
 
     def __init__(self, run_folder: Path, experiment: Experiment, mode: str) -> None:
         self.run_folder = run_folder
@@ -114,8 +114,8 @@ class WeightsAndBiases(Sink):
             self.process.wait()
         self._clear_temporary()
         if json.loads(self._state.read_text())["iteration"] < self.last_sent:
-            return super().abandon()
-        return f"`wandb sync {self.folder / 'latest-run'}` sends what is missing"
+            return "no answer from its server; logging.wandb.mode=offline needs none"
+        return f"the end of the run is not sent yet; `wandb sync {self.folder / 'latest-run'}` sends it"
 
     @property
     def _state(self) -> Path:
@@ -148,5 +148,5 @@ class WeightsAndBiases(Sink):
         self._clear_temporary()
         lines = self._output.read_text(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
-        why = said[-1].rstrip(".") if said else f"its process ended with exit code {self.process.returncode}"
-        return SinkError(f"{why}. To log in: `wandb login`; to do without: logging.wandb.mode=offline")
+        why = said[-1].partition(". ")[0] if said else f"its process ended with {self.process.returncode}"
+        return SinkError(f"{why} (`wandb login` logs in; logging.wandb.mode=offline needs no account)")

@@ -1,0 +1,23 @@
+"""Rules about where the metrics go beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_moe.config.origin import Problem
+from megatron_moe.config.rule import Problems
+from megatron_moe.config.schema import Experiment
+
+
+def wandb_project_is_a_name(e: Experiment) -> Problems:
+    """Weights & Biases takes no project of another form, and would say so only when the run has started."""
+    if e.logging.wandb is None:
+        return
+    project = e.logging.wandb.project
+    if re.search(r"[/\\#?%:]", project) or len(project) > 128:
+        entity, slash, rest = project.partition("/")
+        advice = f"use {re.sub(r'[^A-Za-z0-9._-]+', '-', project)[:128]}"
+        if slash and entity and rest and not re.search(r"[/\\#?%:]", rest):
+            advice = f"for a project of {entity} use {rest}, and set logging.wandb.entity to {entity}"
+        text = "is no name for a project: it must have at most 128 characters, none of them / \\ # ? % :"
+        yield Problem(("logging.wandb.project",), text, advice)
