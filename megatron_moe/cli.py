@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_validate, _add_plan, _add_train, _add_verify, _add_preprocess):
+    for add in (_add_validate, _add_plan, _add_train, _add_verify, _add_preprocess, _add_doctor):
         add(commands)
     return parser
 
@@ -174,21 +174,33 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         commands,
         "preprocess",
         _preprocess,
-        "turn text and jsonl into token files",
-        "Turn text (.txt) and jsonl files, also .gz, into Megatron's token files PREFIX.bin and PREFIX.idx.",
+        "turn text, jsonl and parquet into token files",
+        "Turn text (.txt) and jsonl, also .gz and .zst, and parquet files into Megatron's token files PREFIX.bin "
+        "and PREFIX.idx.",
         f"{PROGRAM} preprocess --input corpus/tinyshakespeare.txt --documents paragraph \\\n"
         "    --output data/shakespeare --vocab-size 2048",
     )
     add = parser.add_argument
-    add("--input", metavar="FILE", nargs="+", required=True, help="text or jsonl files")
+    add(
+        "--input",
+        metavar="FILE",
+        nargs="+",
+        required=True,
+        help="files, folders, or globs such as 'web/**/*.jsonl.zst'",
+    )
     add("--output", metavar="PREFIX", type=Path, required=True, help="where the token files go, without .bin")
     add(
         "--tokenizer",
-        choices=("sentencepiece", "bytes"),
+        choices=("sentencepiece", "huggingface", "tiktoken", "bytes"),
         default="sentencepiece",
         help="(default: %(default)s)",
     )
-    add("--tokenizer-model", metavar="FILE", type=Path, help="a sentencepiece model to use")
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        type=Path,
+        help="a sentencepiece model, a tokenizer.json or its folder, or tiktoken's ranks",
+    )
     add(
         "--vocab-size",
         metavar="N",
@@ -196,10 +208,20 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="train a sentencepiece model of this size on the input",
     )
     add(
+        "--eod",
+        metavar="TOKEN",
+        help="the token that ends a document (default: as the tokenizer's files say)",
+    )
+    add(
+        "--pattern",
+        metavar="NAME",
+        help="how text is cut for tiktoken's ranks: gpt2, cl100k_base (default), o200k_base, or an expression",
+    )
+    add(
         "--json-key",
         metavar="KEY",
         default="text",
-        help="where a jsonl record holds its text (default: %(default)s)",
+        help="key of a jsonl record, or column of a parquet file, that holds the text (default: %(default)s)",
     )
     add(
         "--documents",
@@ -213,7 +235,27 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         type=_positive_int,
         help="processes to use (default: by cores and size of the input)",
     )
+    add(
+        "--bad-records",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at a record that cannot be read, or leave it out and count it (default: %(default)s)",
+    )
     add("--no-append-eod", action="store_true", help="put no end-of-document token behind each document")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "say what this machine has, and what would make it faster",
+        "Look at versions, devices and limits of this machine: first what is wrong, then which fast paths\n"
+        "training has here, what takes the place of the missing ones, and how to get them. Exit code 1 if\n"
+        "nothing can be trained here, or not on the GPUs that are here.",
+        f"{PROGRAM} doctor",
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON, and nothing else")
 
 
 def _positive_int(text: str) -> int:
@@ -282,9 +324,18 @@ def _preprocess(args: argparse.Namespace) -> int:
         kind=args.tokenizer,
         model=args.tokenizer_model,
         vocab_size=args.vocab_size,
+        eod=args.eod,
+        pattern=args.pattern,
         json_key=args.json_key,
         documents=args.documents,
         append_eod=not args.no_append_eod,
+        bad_records=args.bad_records,
         workers=args.workers,
     )
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from megatron_moe.launch.doctor import run
+
+    return run(args.json)

@@ -30,6 +30,8 @@ PACKAGES = {
     "wandb": "wandb",
 }
 """Name of the distribution -> the module that it brings."""
+BF16_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512"}
+"""A processor's flag -> its units for products in bf16."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Machine:
     driver: str | None = None
     """Version of NVIDIA's driver, if it runs."""
     gpus: tuple[Gpu, ...] = ()
-    """All of the machine's, also those that CUDA_VISIBLE_DEVICES hides."""
+    """Those that CUDA_VISIBLE_DEVICES leaves to this process."""
     gpu_complaint: str = ""
     """What nvidia-smi says where it fails."""
     cores: int = 1
@@ -75,7 +77,7 @@ def look() -> Machine:
         packages=_packages(),
         torch_cuda=_torch_cuda(),
         driver=driver,
-        gpus=gpus,
+        gpus=visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES")),
         gpu_complaint=complaint,
         cores=len(os.sched_getaffinity(0)),
         cpu_flags=_cpu_flags(),
@@ -133,6 +135,22 @@ def _gpus() -> tuple[str | None, tuple[Gpu, ...], str]:
         return _loaded_driver(), (), " ".join((done.stdout + done.stderr).split())
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     return (rows[0][0] if rows else _loaded_driver()), tuple(_gpu(*row[1:]) for row in rows), ""
+
+
+def visible(gpus: tuple[Gpu, ...], variable: str | None) -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES lists by their numbers, up to the first number that is none; all
+    where it is not set or lists them in another way."""
+    if variable is None:
+        return gpus
+    numbers = [entry.strip() for entry in variable.split(",")]
+    if any(number.startswith(("GPU-", "MIG-")) for number in numbers):
+        return gpus
+    shown = []
+    for number in numbers:
+        if not number.isdecimal() or int(number) >= len(gpus):
+            break
+        shown.append(gpus[int(number)])
+    return tuple(shown)
 
 
 def _gpu(name: str, mebibytes: str, capability: str) -> Gpu:

@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.engine.fast_paths import said_at_start
+from megatron_moe.engine.machine import look
 from megatron_moe.training.callbacks.curves import CURVES
 from megatron_moe.training.terminal import say
 from megatron_moe.training.trainer import Trainer
@@ -24,6 +26,8 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
         f"{_count(plan.parameters.active)} active; "
         f"{_plural(plan.layout.world_size, 'rank')} on {where}, {str(dtype).removeprefix('torch.')}"
     ]
+    if missing := said_at_start(look()):
+        lines.append(missing)
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters
         lines.append(f"Resuming from {resumed_from}: {done} of {_plural(wanted, 'step')} done")

@@ -1,0 +1,93 @@
+"""What the installed libraries do once they are imported: whether they load at all, and see the GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from megatron_moe.engine.machine import PACKAGES, Machine
+
+_IMPORTED = {
+    "torch": ("torch",),
+    "megatron-core": ("megatron.core", "megatron.core.datasets.helpers_cpp"),
+    "transformer-engine": ("transformer_engine.pytorch",),
+    "apex": ("apex", "fused_weight_gradient_mlp_cuda"),
+    "deep-ep": ("deep_ep",),
+}
+"""Package -> what is imported of it: the parts that were compiled for one torch and one CUDA."""
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """What came of importing them."""
+
+    broken: dict[str, str] = field(default_factory=dict)
+    """Package -> why it cannot be imported though it is installed."""
+    visible_gpus: int = 0
+    """GPUs that torch can use."""
+    gpu_problem: str = ""
+    """Why torch, built for CUDA, cannot use them."""
+    nccl: str | None = None
+    """Version of NCCL in torch."""
+
+
+def load(machine: Machine) -> Libraries:
+    """Import what is installed, and look. Takes a second or two, and prints nothing."""
+    with _silence():
+        broken = dict(_broken(name for name in _IMPORTED if name in machine.packages))
+        if "torch" not in machine.packages or "torch" in broken:
+            return Libraries(broken)
+        visible, problem = _visible_gpus(machine)
+        return Libraries(broken, visible, problem, _nccl())
+
+
+def _broken(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for package in packages:
+        try:
+            for module in _IMPORTED[package]:
+                importlib.import_module(module)
+        # A library that was built for another one fails in any way: OSError, AttributeError, RuntimeError ...
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            yield package, f"{type(error).__name__}: {lines[0] if lines else PACKAGES[package]}"
+
+
+def _visible_gpus(machine: Machine) -> tuple[int, str]:
+    import torch
+
+    if machine.torch_cuda is None:
+        return 0, ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return 0, str(error).strip().splitlines()[0]
+    return torch.cuda.device_count(), ""
+
+
+def _nccl() -> str | None:
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what libraries say while they load off the screen."""
+    logging.disable(logging.ERROR)
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
