@@ -6,10 +6,8 @@ experiment is right also where it cannot run.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 import re
 from collections.abc import Iterator
 
@@ -31,8 +29,6 @@ def check(loaded: Loaded, machine: Machine | None = None) -> None:
     if not needs:
         return
     machine = machine or look()
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        machine = dataclasses.replace(machine, gpus=())
     problems = [problem for need in needs for problem in (*_package(need), *_gpu(need, machine))]
     if problems:
         raise InputError(*_lines(loaded, problems))

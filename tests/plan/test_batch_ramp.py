@@ -1,0 +1,53 @@
+"""The growing batch against Megatron-Core's calculator, which counts in floating point."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_moe.config.schema import Training
+from megatron_moe.plan.batch_ramp import global_batch_size, global_batch_sizes, ramp_steps
+
+
+def training(whole: int, ramp: list[int] | None) -> Training:
+    return Training(train_iters=1, global_batch_size=whole, seq_length=8, rampup_batch_size=ramp)
+
+
+@pytest.mark.second_pair
+@given(
+    start=st.integers(1, 8),
+    increment=st.integers(1, 8),
+    increments=st.integers(1, 12),
+    distance=st.integers(1, 300),
+    consumed=st.integers(0, 5000),
+)
+def test_as_megatron_core(start: int, increment: int, increments: int, distance: int, consumed: int) -> None:
+    """Where the increments lie whole numbers of samples apart, so that rounding has no say."""
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    whole, samples = start + increments * increment, increments * distance
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(whole, 1, 1, False, 1, start, increment, samples)
+    theirs.update(consumed, consistency_check=True)
+    assert global_batch_size(training(whole, [start, increment, samples]), consumed) == (
+        theirs.get_current_global_batch_size()
+    )
+
+
+def test_sizes_of_the_steps() -> None:
+    """2 -> 8 by 2 over 10 samples: an increment each 10 / 3 samples."""
+    growing = training(8, [2, 2, 10])
+    # Consumed before each step: 0, 2, 4, 8, 14.
+    assert list(islice(global_batch_sizes(growing), 6)) == [2, 2, 4, 6, 8, 8]
+    assert ramp_steps(growing) == 4
+    assert ramp_steps(training(8, None)) == 0
+    assert list(islice(global_batch_sizes(training(8, None)), 2)) == [8, 8]
+
+
+def test_exact_where_a_third_is_not() -> None:
+    """49 increments over 49 x 7 - 1 samples: the last comes with the last sample, and not before."""
+    growing = training(50, [1, 1, 342])
+    assert global_batch_size(growing, 341) == 49
+    assert global_batch_size(growing, 342) == 50
