@@ -24,6 +24,8 @@ _KEYS = (
     "loss",
     "eval/loss",
     "lr",
+    "lr/embedding",
+    "lr/experts",
     "consumed_tokens",
     "moe/drop_rate",
     "moe/would_drop_rate",
@@ -32,6 +34,7 @@ _KEYS = (
 _INK, _GREY, _GRID = "#22262b", "#6b7280", "#e5e7eb"
 # Okabe and Ito's colours: they stay apart for every eye, and as greys.
 _LOSS, _HELD_OUT, _RATE, _DROP, _SKIPPED = "#0072b2", "#d55e00", "#4b5563", "#009e73", "#b91c1c"
+_OWN_RATES = {"lr/embedding": "#cc79a7", "lr/experts": "#009e73"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -152,9 +155,14 @@ def _loss(panel: Axes, steps: Columns) -> None:
 
 def _learning_rate(panel: Axes, steps: Columns) -> None:
     _title(panel, "Learning rate")
-    _line(panel, steps, "lr", _RATE, "")
+    own = {key: color for key, color in _OWN_RATES.items() if _has(steps, key)}
+    _line(panel, steps, "lr", _RATE, "all other weights" if own else "")
+    for key, color in own.items():
+        _line(panel, steps, key, color, key.removeprefix("lr/"))
+    if own:
+        panel.legend(loc="upper right")
     panel.set_ylim(bottom=0)
-    largest = np.nanmax(steps["lr"]) if _has(steps, "lr") else 0.0
+    largest = max((np.nanmax(steps[key]) for key in ("lr", *own) if _has(steps, key)), default=0.0)
     exponent = math.floor(math.log10(largest)) if largest > 0 else 0
     panel.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 10.0**exponent:g}e{exponent}" if value else "0")
@@ -183,7 +191,7 @@ def _iterations(panel: Axes, iterations: np.ndarray) -> None:
 def _line(panel: Axes, steps: Columns, key: str, color: str, label: str) -> None:
     x, y = steps["iteration"], steps[key]
     alone = np.count_nonzero(~np.isnan(y)) <= 1
-    if len(x) < _SMOOTHED_FROM or key == "lr":
+    if len(x) < _SMOOTHED_FROM or key.startswith("lr"):
         marker = "o" if alone else None
         panel.plot(x, y, color=color, linewidth=1.6, marker=marker, markersize=5, label=label)
         return
