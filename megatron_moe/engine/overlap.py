@@ -66,8 +66,12 @@ def _gather_of(chunk: torch.nn.Module) -> Callable[..., None]:
 
 
 def _bucket_groups(chunks: list[torch.nn.Module]) -> Iterator[Any]:
+    from megatron.core.distributed import DistributedDataParallel
+
     for chunk in chunks:
-        yield from (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)  # type: ignore[misc]
+        # A chunk that is not wrapped for training has no buckets.
+        if isinstance(chunk, DistributedDataParallel):
+            yield from (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
 
 
 def _one_or_all(functions: list[Any]) -> Any:
