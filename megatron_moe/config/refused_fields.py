@@ -14,9 +14,12 @@ OTHER_NAMES = {
     "fp16": "training.precision",
     "bf16": "training.precision",
     "params_dtype": "training.precision",
-    "recompute_granularity": "recompute.layers_per_stage",
+    "calculate_per_token_loss": "training.calculate_per_token_loss",
+    "recompute_granularity": "recompute.granularity",
     "recompute_method": "recompute.method",
     "recompute_num_layers": "recompute.layers_per_stage",
+    "recompute_modules": "recompute.modules",
+    "moe_layer_recompute": "recompute.modules",
     "pipeline_model_parallel_layout": "pipeline.layers_per_stage",
     "num_layers_in_first_pipeline_stage": "pipeline.layers_per_stage",
     "num_layers_in_last_pipeline_stage": "pipeline.layers_per_stage",
@@ -48,7 +51,7 @@ _MODEL = "this trainer does not build such a model"
 _KERNELS = "the flex dispatcher runs with its library's own settings here"
 _OFFLOADING = "of offloading only recompute.cpu_offloading_num_layers is built into this trainer"
 _RANKS = "the section parallel says how ranks are laid out"
-_RECOMPUTE = "recompute.layers_per_stage says what is recomputed"
+_RECOMPUTE = "the section recompute says what is recomputed"
 _SCHEDULE = "the schedule here does not use it"
 _SERVING = "it is for serving or CUDA graphs, which this trainer does not do"
 _TRAINER = "the trainer sets it itself"
@@ -56,7 +59,7 @@ _TRAINER = "the trainer sets it itself"
 NOT_SETTABLE: dict[str, str] = {
     r"\w+_func|timers|(|output_layer_|embedding_)init_method|perform_initialization": _TRAINER,
     r"use_cpu_initialization|init_model_with_meta_device|config_logger_dir|test_mode": _TRAINER,
-    r"pipeline_dtype|enable_autocast|autocast_dtype|calculate_per_token_loss": _TRAINER,
+    r"pipeline_dtype|enable_autocast|autocast_dtype": _TRAINER,
     r"variable_seq_lengths|deallocate_pipeline_outputs|barrier_with_L1_time": _TRAINER,
     r"overlap_p2p_comm|batch_p2p_comm|batch_p2p_sync|overlap_p2p_comm_warmup_flush": _TRAINER,
     r"bias_activation_fusion|bias_dropout_fusion": _TRAINER,
@@ -80,7 +83,7 @@ NOT_SETTABLE: dict[str, str] = {
     r"\w*offload\w*|moe_paged_stash\w*|moe_expert_rank_capacity_factor": _OFFLOADING,
     r"overlap_moe_expert_parallel_comm|ep_overlap_early_attn_memory_release": _SCHEDULE,
     r"microbatch_group_size_per_vp_stage|num_microbatches_with_partial_activation_checkpoints": _SCHEDULE,
-    r"recompute_modules|moe_layer_recompute|distribute_saved_activations": _RECOMPUTE,
+    r"distribute_saved_activations": _RECOMPUTE,
     r"mtp_\w+|multi_latent_attention|experimental_attention_variant|dsa_\w+|linear_\w+": _MODEL,
     r"(use_)?mamba_\w+|is_hybrid_model|hetero\w+|hetereo\w+|mrope_section|use_mup|mup_\w+": _MODEL,
     r"hierarchical_context_parallel_sizes|hybrid_context_parallel|max_seqlen_per_dp_cp_rank": _RANKS,

@@ -117,6 +117,25 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device, width: int = 2) 
     return [float(value) for value in total]
 
 
+def mean_targets(microbatches: list[dict[str, Tensor]]) -> Tensor:
+    """[] The targets of the global batch over its microbatches; 1 target where there is none. A collective
+    over the replicas.
+
+    Dividing by it what each microbatch's losses sum up to makes the mean over microbatches and replicas the
+    mean over all targets. Megatron-Core's own way, `calculate_per_token_loss`, divides all gradients by the
+    targets in the end, those of the routers' losses too, which are means over microbatches.
+
+    Args:
+        microbatches: this replica's, as `share_of_context` gives them.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    total = torch.stack([batch["num_targets"] for batch in microbatches]).sum()
+    torch.distributed.all_reduce(total, group=group)
+    return total.clamp(min=1) / (len(microbatches) * group.size())
+
+
 def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 

@@ -22,7 +22,8 @@ def forward_step(
     in the loss nor in the router's losses and statistics. `num_targets` [] counts the targets of the whole
     sequences, of which a context-parallel rank has a part. `segments` [m, 2] (see `engine.segments`) says
     where documents end that must not see each other; `by_source` [b, sources], 1 in one column, where each
-    sequence comes from, if that is to be reported.
+    sequence comes from, if that is to be reported. `mean_targets` [], where it is there, takes the place of
+    `num_targets` in the loss (see `engine.schedule.mean_targets`).
     """
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
@@ -34,16 +35,21 @@ def forward_step(
         labels=batch["labels"],
         **padding,
     )
-    return output, partial(_loss, batch["loss_mask"], batch["num_targets"], batch.get("by_source"))
+    return output, partial(
+        _loss,
+        batch["loss_mask"],
+        batch.get("mean_targets", batch["num_targets"].clamp(min=1)),
+        batch.get("by_source"),
+    )
 
 
 def _loss(
-    loss_mask: Tensor, num_targets: Tensor, by_source: Tensor | None, losses: Tensor
+    loss_mask: Tensor, divisor: Tensor, by_source: Tensor | None, losses: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What to sum, what to divide the sum by, and a report of token losses and targets for the metrics: [2],
+    """The sum of the losses over `divisor`, 1, and a report of token losses and targets for the metrics: [2],
     or [2 x sources] with `by_source`.
 
-    Megatron-Core divides by the targets and the microbatches, in place: the report is a copy. And it takes
+    Megatron-Core divides by the second and by the microbatches, in place: the report is a copy. And it takes
     the mean over context-parallel ranks, where the sum is meant: each has other tokens of the same sequences,
     and with padding not as many as the others.
     """
@@ -56,4 +62,5 @@ def _loss(
         masked = losses.detach().double() * loss_mask
         sums = torch.stack([masked.sum(1), loss_mask.double().sum(1)], dim=1)
         report = (by_source.double().T @ sums).flatten()
-    return total * parallel_state.get_context_parallel_world_size(), num_targets, report
+    loss = total * parallel_state.get_context_parallel_world_size() / divisor
+    return loss, torch.ones_like(divisor, dtype=torch.int), report

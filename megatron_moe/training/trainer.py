@@ -154,6 +154,9 @@ class Trainer:
     def iterators(self, batches: Iterator[Batch], shapes: schedule.Shapes) -> list[Iterator[Batch]]:
         """The next global batch's microbatches, once for each model chunk of this rank."""
         this_step = list(itertools.islice(batches, shapes.num_microbatches))
+        if self.experiment.training.calculate_per_token_loss:
+            mean_targets = schedule.mean_targets(this_step)
+            this_step = [{**batch, "mean_targets": mean_targets} for batch in this_step]
         return [iter(this_step) for _ in self.chunks]
 
     def shapes(self, sequences: int | None = None) -> schedule.Shapes:

@@ -106,6 +106,35 @@ def test_padding_counts_the_same_in_every_layout(tmp_path: Path, parallel: dict[
     assert verify(tmp_path, parallel, padded=True).failures == []
 
 
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+PER_TOKEN = {"calculate_per_token_loss": True}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "EDP DP2, overlapped, loss a token": {
+        "parallel": layout(tp=2, dp=2, **OVERLAP),
+        "training": PER_TOKEN,
+        "recompute": {"modules": ["layernorm", "moe_act"]},
+    },
+    "PP2 VPP2 DP2, overlapped, loss a token": {
+        "parallel": layout(pp=2, vpp=2, dp=2, **OVERLAP),
+        "training": PER_TOKEN,
+        "moe": {**MOE, "moe_layer_freq": 2},
+        "recompute": {"modules": ["core_attn", "mlp", "moe"]},
+    },
+    "CP2 EP2, loss a token": {
+        "parallel": layout(cp=2, expert_model_parallel_size=2),
+        "training": PER_TOKEN,
+        "recompute": {"granularity": "full"},
+    },
+}
+
+
+@pytest.mark.second_pair
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_engine_with_padding(name: str, tmp_path: Path) -> None:
+    report = verify(tmp_path, steps=2, padded=True, **OPTIONS[name])
+    assert report.failures == []
+
+
 def test_bf16_is_held_at_the_first_step(tmp_path: Path) -> None:
     report = verify(tmp_path, layout(tp=2), steps=2, training={"precision": "bf16"})
     assert report.failures == []

@@ -30,8 +30,9 @@ class Router(TopKRouter):
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
-        # Megatron-Core 0.16 scales the losses of routers wrongly there under TP.
-        assert not config.calculate_per_token_loss, "the routers' losses are means over microbatches"
+        # The loss a token is made in another way (engine.schedule.mean_targets): this one would divide the
+        # routers' losses, means over microbatches, by the tokens, and 0.16 scales them wrongly under TP.
+        assert not config.calculate_per_token_loss
         self.capacity_factor = config.moe_expert_capacity_factor
         without_drops = copy.copy(config)
         without_drops.moe_expert_capacity_factor = None
