@@ -7,6 +7,18 @@ from megatron_moe.config.schema import Data, Prepare, Source
 PARTS = ("training", "validation", "test")
 
 
+def sources_of(data: Data) -> dict[str, Source]:
+    """The sources by name, in the order of their names. Data that is not blended is one source, called ""."""
+    if data.blend is None:
+        return {"": Source(path=data.path, prepare=data.prepare)}
+    return dict(sorted(data.blend.items()))
+
+
+def key_of(name: str) -> str:
+    """The dotted key of a source's section."""
+    return f"data.blend.{name}" if name else "data"
+
+
 def split_of(data: Data, source: Source | None = None) -> list[float]:
     """[3] the weights of the parts of a source's documents; those of `data` without one."""
     split = data.split if source is None or source.split is None else source.split

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.config.schema import Data, Experiment
+from megatron_moe.config.schema import Data, Experiment, Source
+from megatron_moe.config.sources import key_of, sources_of, texts_of
 from megatron_moe.data.existing import check_token_files
 from megatron_moe.data.from_text import is_trained_here, load, naming, prepare_text, prepare_tokenizer
 from megatron_moe.data.indexed import open_token_files
@@ -17,18 +18,28 @@ from megatron_moe.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
+class PreparedSource:
+    """Token files that were found in order."""
+
+    name: str
+    """In the blend; "" where the data is not blended."""
+    prefix: Path
+    """Token files, without .bin/.idx."""
+    manifest: Manifest
+    index_cache: Path
+    """Folder for the sample indices that `data.pretraining` builds."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What the data of an experiment comes down to. With data.kind mock there are no files, and perhaps no
     tokenizer."""
 
-    prefix: Path | None
-    """Token files, without .bin/.idx."""
+    sources: tuple[PreparedSource, ...]
+    """In the order of their names."""
     tokenizer: Tokenizer | None
-    manifest: Manifest | None
     vocab_size: int
     """Token ids of the model, before padding."""
-    index_cache: Path | None
-    """Folder for the sample indices that `data.pretraining` builds."""
 
 
 def prepare(experiment: Experiment, root: Path) -> Prepared:
@@ -38,26 +49,50 @@ def prepare(experiment: Experiment, root: Path) -> Prepared:
     Text is hashed at each call to find what was made of it; a corpus too large for that belongs into
     data.path.
     InputError, naming the keys, for whatever is wrong with the files, the tokenizer, or their fit with the
-    model.
+    model; with several sources for all of them.
     """
     data = experiment.data
     made_here = root / "_prepared"  # no run can be called that
     if data.kind == "mock":
         return _mock(experiment)
-    if data.path is not None:
-        tokenizer = _tokenizer_of_path(data, data.path)
-        vocab_size = _vocab_size(experiment, tokenizer)
-        with naming("data.path"):
-            manifest = check_token_files(Path(data.path), tokenizer, made_here)
-        check_parts(experiment, open_token_files(Path(data.path)).lengths())
-        return Prepared(Path(data.path), tokenizer, manifest, vocab_size, made_here / "index")
-    if data.prepare is None:
-        raise InputError("data.path: nothing to read; set it, or data.prepare.input, or data.kind: mock")
-    tokenizer = prepare_tokenizer(data.tokenizer, {"data.prepare": data.prepare}, made_here)
-    made = prepare_text(data.prepare, tokenizer, made_here, "data.prepare")
-    check_parts(experiment, open_token_files(made.prefix).lengths())
+    sources = sources_of(data)
+    tokenizer = _tokenizer(data, sources, made_here)
     vocab_size = _vocab_size(experiment, tokenizer)
-    return Prepared(made.prefix, tokenizer, made.manifest, vocab_size, made.folder / "index")
+    prepared: list[PreparedSource] = []
+    problems: list[str] = []
+    for name, source in sources.items():
+        try:
+            prepared.append(_prepare_source(name, source, data, tokenizer, made_here))
+            check_parts(experiment, name, open_token_files(prepared[-1].prefix).lengths())
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return Prepared(tuple(prepared), tokenizer, vocab_size)
+
+
+def _prepare_source(
+    name: str, source: Source, data: Data, tokenizer: Tokenizer, made_here: Path
+) -> PreparedSource:
+    key = key_of(name)
+    if source.prepare is not None:
+        made = prepare_text(source.prepare, tokenizer, made_here, f"{key}.prepare")
+        return PreparedSource(name, made.prefix, made.manifest, made.folder / "index")
+    assert source.path is not None
+    with naming(f"{key}.path"):
+        manifest = check_token_files(Path(source.path), tokenizer, made_here)
+        _check_ends(data, Path(source.path), manifest)
+    return PreparedSource(name, Path(source.path), manifest, made_here / "index")
+
+
+def _check_ends(data: Data, prefix: Path, manifest: Manifest) -> None:
+    """InputError where an option goes by the ends of documents and there are none."""
+    for option in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        if getattr(data, option) and manifest.append_eod is False:
+            raise InputError(
+                f"{prefix} was made without ends of documents, which data.{option} goes by; set that to "
+                "false, or make the files again with append_eod"
+            )
 
 
 def _mock(experiment: Experiment) -> Prepared:
@@ -65,21 +100,29 @@ def _mock(experiment: Experiment) -> Prepared:
     has_one = spec.kind == "bytes" or spec.model is not None
     tokenizer = load(spec) if has_one else None
     if tokenizer is not None:
-        return Prepared(None, tokenizer, None, _vocab_size(experiment, tokenizer), None)
+        return Prepared((), tokenizer, _vocab_size(experiment, tokenizer))
     if experiment.model.vocab_size is None:
         raise InputError(
             "model.vocab_size: needed with data.kind: mock where there is no tokenizer, for example 32000"
         )
-    return Prepared(None, None, None, experiment.model.vocab_size, None)
+    return Prepared((), None, experiment.model.vocab_size)
 
 
-def _tokenizer_of_path(data: Data, path: str) -> Tokenizer:
-    if is_trained_here(data.tokenizer):
+def _tokenizer(data: Data, sources: dict[str, Source], made_here: Path) -> Tokenizer:
+    for name, source in sources.items():
+        if source.path is None and source.prepare is None:
+            key = key_of(name)
+            raise InputError(
+                f"{key}.path: nothing to read; set it, or {key}.prepare.input, or data.kind: mock"
+            )
+    files = {key_of(name): source.path for name, source in sources.items() if source.path is not None}
+    if files and is_trained_here(data.tokenizer):
+        key, path = next(iter(files.items()))
         raise InputError(
-            f"data.tokenizer.model: needed with data.path: the model file that {path} was made with, "
+            f"data.tokenizer.model: needed with {key}.path: the model file that {path} was made with, "
             f"for example {path}.model, or data.tokenizer.kind: bytes"
         )
-    return load(data.tokenizer)
+    return prepare_tokenizer(data.tokenizer, texts_of(data), made_here)
 
 
 def _vocab_size(experiment: Experiment, tokenizer: Tokenizer) -> int:

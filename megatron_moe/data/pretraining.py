@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib.metadata import version
@@ -19,17 +20,20 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
-from megatron_moe.data.batches import Samples
+from megatron_moe.config.sources import PARTS, sources_of, split_of, weights_of
+from megatron_moe.data.blend import Blend, Part
 from megatron_moe.data.indexed import bin_path, idx_path
 from megatron_moe.data.mock import MockDataset
-from megatron_moe.data.parts import check_parts, part_bounds
-from megatron_moe.data.prepare import Prepared
+from megatron_moe.data.parts import check_parts, part_bounds, parts_read
+from megatron_moe.data.prepare import Prepared, PreparedSource
+from megatron_moe.data.samples import Samples, apart_at_ends
 from megatron_moe.data.staging import staging
 from megatron_moe.data.tokenizers import Tokenizer
+
+_SPLITS = {"training": Split.train, "validation": Split.valid}
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,53 @@ def build_datasets(experiment: Experiment, prepared: Prepared) -> Datasets:
 
     Under torch.distributed rank 0 has to come here first, the others after it: Megatron-Core builds indices
     only there.
-    InputError if a part of data.split holds less than one sample of training.seq_length.
+    InputError if a part that is read of a source holds less than one sample of training.seq_length.
     """
-    needed = [Split.train] if experiment.training.eval_interval is None else [Split.train, Split.valid]
-    if prepared.prefix is None:
-        make = functools.partial(
-            MockDataset, prepared.vocab_size, experiment.training.seq_length, experiment.training.seed
-        )
-        parts: dict[Split, Samples] = {split: make(split.value) for split in needed}
+    needed = ["training"] if experiment.training.eval_interval is None else ["training", "validation"]
+    if experiment.data.kind == "mock":
+        samples: dict[str, Samples] = {part: _mock(experiment, prepared, part) for part in needed}
+    elif experiment.data.blend is None:
+        (of_parts,) = (_parts_of(experiment, prepared, source) for source in prepared.sources)
+        samples = of_parts
     else:
-        with warnings.catch_warnings():
-            # 0.19 says so for each line that it would log, where torch.distributed is not set up.
-            warnings.filterwarnings("ignore", "Could not determine rank")
-            tokens = IndexedDataset(str(prepared.prefix))
-            check_parts(experiment, tokens.sequence_lengths)
-            parts = {split: _gpt_dataset(experiment, prepared, tokens, split) for split in needed}
-    return Datasets(parts[Split.train], parts.get(Split.valid))
+        of_sources = {source.name: _parts_of(experiment, prepared, source) for source in prepared.sources}
+        samples = {part: _blend(experiment, of_sources, part) for part in needed}
+    return Datasets(samples["training"], samples.get("validation"))
+
+
+def _mock(experiment: Experiment, prepared: Prepared, part: str) -> MockDataset:
+    training = experiment.training
+    return MockDataset(prepared.vocab_size, training.seq_length, training.seed, _SPLITS[part].value)
+
+
+def _parts_of(experiment: Experiment, prepared: Prepared, source: PreparedSource) -> dict[str, Samples]:
+    """The samples of those parts of a source that are read."""
+    assert prepared.tokenizer is not None
+    with warnings.catch_warnings():
+        # 0.19 says so for each line that it would log, where torch.distributed is not set up.
+        warnings.filterwarnings("ignore", "Could not determine rank")
+        tokens = IndexedDataset(str(source.prefix))
+        check_parts(experiment, source.name, tokens.sequence_lengths)
+        return {
+            part: apart_at_ends(
+                _gpt_dataset(experiment, prepared.tokenizer, source, tokens, _SPLITS[part]),
+                experiment.data,
+                prepared.tokenizer.eod,
+            )
+            for part in parts_read(experiment, source.name)
+        }
+
+
+def _blend(experiment: Experiment, of_sources: Mapping[str, Mapping[str, Samples]], part: str) -> Blend:
+    """The samples of one part of all sources, mixed by their weights."""
+    parts = []
+    for name, source in sources_of(experiment.data).items():
+        if part in of_sources[name]:
+            samples = of_sources[name][part]
+            weight = weights_of(experiment.data, source)[PARTS.index(part)]
+            in_proportion = len(samples) * (1.0 if source.epochs is None else source.epochs)
+            parts.append(Part(name, samples, in_proportion if weight is None else weight))
+    return Blend(parts, tell_source=part == "validation")
 
 
 class _TokenizerFacts:
@@ -77,18 +112,20 @@ class _TokenizerFacts:
 
 
 def _gpt_dataset(
-    experiment: Experiment, prepared: Prepared, tokens: IndexedDataset, split: Split
+    experiment: Experiment, tokenizer: Tokenizer, source: PreparedSource, tokens: IndexedDataset, split: Split
 ) -> GPTDataset:
-    assert prepared.index_cache is not None
-    cache = prepared.index_cache / _index_name(experiment, prepared, split)
-    documents = _documents(experiment, prepared, tokens, split)
-    make = functools.partial(GPTDataset, tokens, str(prepared.prefix), documents, None, split)
+    weights = split_of(experiment.data, sources_of(experiment.data)[source.name])
+    cache = source.index_cache / _index_name(experiment, tokenizer, source, weights, split)
+    begin, end = part_bounds(weights, len(tokens))[split.value]
+    documents = np.arange(begin, end, dtype=np.int32)
+    make = functools.partial(GPTDataset, tokens, str(source.prefix), documents, None, split)
+    config = functools.partial(_config, experiment, tokenizer, source, weights)
     if not cache.is_dir():
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             raise RuntimeError(f"{cache}: rank 0 must build the sample index before other ranks read it")
         with staging(cache, wait=True) as folder:
             if not cache.is_dir():
-                make(_config(experiment, prepared, folder / "ready"))
+                make(config(folder / "ready"))
                 (folder / "ready").rename(cache)
     for path in cache.glob("*.npy"):
         # Megatron-Core would unpickle an array of objects; this only reads what is plain numbers, and whole.
@@ -98,18 +135,20 @@ def _gpt_dataset(
             raise InputError(
                 f"{path}: a damaged sample index; remove the folder {cache}, and it is made again"
             ) from None
-    return make(_config(experiment, prepared, cache))
+    return make(config(cache))
 
 
-def _config(experiment: Experiment, prepared: Prepared, cache: Path) -> GPTDatasetConfig:
-    assert prepared.tokenizer is not None
+def _config(
+    experiment: Experiment, tokenizer: Tokenizer, source: PreparedSource, weights: list[float], cache: Path
+) -> GPTDatasetConfig:
     return GPTDatasetConfig(
         random_seed=experiment.training.seed,
         sequence_length=experiment.training.seq_length,
-        blend=([str(prepared.prefix)], None),
-        split=_split_text(experiment),
+        blend=([str(source.prefix)], None),
+        split=",".join(f"{Decimal(weight):f}" for weight in weights),  # its parser knows no exponents
         path_to_cache=str(cache),
-        tokenizer=_TokenizerFacts(prepared.tokenizer),
+        tokenizer=_TokenizerFacts(tokenizer),
+        # What these do costs a mask of s x s a sample; `data.samples` does it without.
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -117,30 +156,18 @@ def _config(experiment: Experiment, prepared: Prepared, cache: Path) -> GPTDatas
     )
 
 
-def _split_text(experiment: Experiment) -> str:
-    """data.split as Megatron-Core's parser reads it, which knows no exponents."""
-    return ",".join(f"{Decimal(weight):f}" for weight in experiment.data.split)
-
-
-def _documents(
-    experiment: Experiment, prepared: Prepared, tokens: IndexedDataset, split: Split
-) -> NDArray[np.int32]:
-    """The documents of one part, by number."""
-    begin, end = part_bounds(experiment.data.split, len(tokens))[split.value]
-    return np.arange(begin, end, dtype=np.int32)
-
-
-def _index_name(experiment: Experiment, prepared: Prepared, split: Split) -> str:
+def _index_name(
+    experiment: Experiment, tokenizer: Tokenizer, source: PreparedSource, weights: list[float], split: Split
+) -> str:
     """Names the index by everything that it depends on."""
-    assert prepared.prefix is not None and prepared.tokenizer is not None
-    stats = [path(prepared.prefix).stat() for path in (bin_path, idx_path)]
+    stats = [path(source.prefix).stat() for path in (bin_path, idx_path)]
     depends_on = [
-        str(prepared.prefix.resolve()),
+        str(source.prefix.resolve()),
         [(stat.st_size, stat.st_mtime_ns) for stat in stats],
         experiment.training.seed,
         experiment.training.seq_length,
-        experiment.data.split,
-        prepared.tokenizer.sha256,
+        weights,
+        tokenizer.sha256,
         version("megatron-core"),
     ]
     return f"{split.name}-{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:12]}"

@@ -76,13 +76,20 @@ class CoreAttention(torch.nn.Module):
             if attention_mask is None:
                 # [s, b, n, d] -> [b, n, s, d]
                 parts = [
-                    attend(*(x.permute(1, 2, 0, 3) for x in part), self.scale, dropout).permute(2, 0, 1, 3)
+                    attend(*(x.permute(1, 2, 0, 3) for x in part), scale=self.scale, dropout=dropout).permute(
+                        2, 0, 1, 3
+                    )
                     for part in zip(queries, keys, values, strict=True)
                 ]
                 context = torch.cat(parts) if len(parts) > 1 else parts[0]
             else:
-                flat = (flatten(x) for x in (queries, keys, values))
-                context = unflatten(attend_segments(*flat, attention_mask, self.scale, dropout), queries)
+                tokens = attend_segments(
+                    *(flatten(x) for x in (queries, keys, values)),
+                    segments=attention_mask,
+                    scale=self.scale,
+                    dropout=dropout,
+                )
+                context = unflatten(tokens, queries)
         return context.reshape(query.size(0), query.size(1), -1)
 
     def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[None]:

@@ -12,7 +12,7 @@ _MASK_ENTRIES = 1 << 22
 """Largest mask that is made at once."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T * scale) V, where query i sees the keys up to S - L + i.
 
     On the host queries that are fewer than their keys take small masks, some rows at a time; on a GPU torch's
@@ -44,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: flo
 
 
 def attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float, dropout: float = 0.0
+    query: Tensor, key: Tensor, value: Tensor, *, segments: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """`attend`, segment by segment.
 
@@ -63,11 +63,17 @@ def attend_segments(
     queries = query.split([queries for queries, _ in numbers])
     keys, values = (x.split([keys for _, keys in numbers]) for x in (key, value))
     parts = [
-        attend(*(x.transpose(0, 1).unsqueeze(0) for x in part), scale, dropout).squeeze(0).transpose(0, 1)
+        _attend_tokens(*part, scale, dropout)
         for part in zip(queries, keys, values, strict=True)
         if part[0].size(0)
     ]
     return torch.cat(parts)
+
+
+def _attend_tokens(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    """`attend` of [L, n, d] to [S, g, d] twice -> [L, n, d]."""
+    batched = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    return attend(*batched, scale=scale, dropout=dropout).squeeze(0).transpose(0, 1)
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
@@ -92,7 +98,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scal
 
     ends = F.pad(segments[:, 0].cumsum(0, dtype=torch.int32), (1, 0))
     longest = query.size(0)  # an upper bound will do, and needs no wait for the GPU
-    context: Tensor = varlen_attn(
+    context = varlen_attn(
         query,
         key,
         value,
@@ -104,6 +110,7 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scal
         window_size=(-1, 0),
         enable_gqa=query.size(1) != key.size(1),
     )
+    assert isinstance(context, Tensor)
     return context
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.errors import InputError
+from megatron_moe.config.sources import key_of
+from megatron_moe.data.manifest import Manifest
 from megatron_moe.data.prepare import Prepared
 
 ABOUT = "about.json"
@@ -15,18 +17,23 @@ ABOUT = "about.json"
 
 def of(prepared: Prepared) -> dict[str, Any]:
     """Hashes and counts that tell one tokenizer and corpus from another, wherever their files lie."""
-    tokenizer, manifest = prepared.tokenizer, prepared.manifest
-    data = None
-    if manifest is not None:
-        data = {
-            # Empty where other tools made the token files; then these numbers have to do. The entropy is a
-            # function of how often each token occurs.
-            "inputs_sha256": [source.sha256 for source in manifest.inputs],
-            "tokens": manifest.tokens,
-            "documents": manifest.documents,
-            "unigram_entropy_nats": manifest.unigram_entropy_nats,
-        }
+    sources = {source.name: _facts(source.manifest) for source in prepared.sources}
+    data: dict[str, Any] | None = {"blend": sources} if sources else None
+    if "" in sources:  # not blended
+        data = sources[""]
+    tokenizer = prepared.tokenizer
     return {"tokenizer_sha256": None if tokenizer is None else tokenizer.sha256, "data": data}
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    return {
+        # Empty where other tools made the token files; then these numbers have to do. The entropy is a
+        # function of how often each token occurs.
+        "inputs_sha256": [file.sha256 for file in manifest.inputs],
+        "tokens": manifest.tokens,
+        "documents": manifest.documents,
+        "unigram_entropy_nats": manifest.unigram_entropy_nats,
+    }
 
 
 def check(checkpoint: Path, prepared: Prepared) -> None:
@@ -40,10 +47,22 @@ def check(checkpoint: Path, prepared: Prepared) -> None:
         )
     if saved["data"] is None or now["data"] is None:
         return
-    for key, before in saved["data"].items():
-        after = now["data"][key]
+    sources, given = (about["data"].get("blend", {"": about["data"]}) for about in (saved, now))
+    if sources.keys() != given.keys():
+        before, after = (", ".join(filter(None, names)) or "no blend" for names in (sources, given))
+        raise InputError(
+            f"data.blend: other sources than {checkpoint.name} was trained on ({after}, but was {before}); "
+            "use these, or give this run another name"
+        )
+    for name, facts in sources.items():
+        _check_source(checkpoint, name, facts, given[name])
+
+
+def _check_source(checkpoint: Path, name: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, before in saved.items():
+        after = now[key]
         if before != after and not (key == "inputs_sha256" and not (before and after)):
-            section = "data.prepare.input" if saved["data"]["inputs_sha256"] else "data.path"
+            section = f"{key_of(name)}.{'prepare.input' if saved['inputs_sha256'] else 'path'}"
             what = key.replace("_", " ")
             raise InputError(
                 f"{section}: other data than {checkpoint.name} was trained on ({what}: {_short(after)}, but "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.data.blend import Blend
 from megatron_moe.engine.fast_paths import said_at_start
 from megatron_moe.engine.machine import look
 from megatron_moe.training.callbacks.curves import CURVES
@@ -44,9 +46,10 @@ def say_summary(trainer: Trainer, log: Path) -> None:
         lines = ["", f"Trained {_plural(done, 'step')}."]
     rows = [
         *_losses(trainer),
+        *_seen(trainer),
         ("run folder", str(folder)),
         ("metrics", str(folder / "metrics.jsonl")),
-        *_pictures(trainer),
+        *_curves(trainer),
         ("checkpoint", str(folder / "checkpoints" / f"iter_{done:07d}")),
     ]
     lines += [f"  {name:<16} {value}" for name, value in rows]
@@ -56,18 +59,25 @@ def say_summary(trainer: Trainer, log: Path) -> None:
         lines.append(f"  go on        megatron-moe train {config}")
     else:
         lines.append(f"  train on     megatron-moe train {config} {' '.join(to_train_on(experiment))}")
+    lines += _to_look_at(trainer)
     lines.append(f"  check layout megatron-moe verify {config}")
     say(lines, log)
 
 
-def _pictures(trainer: Trainer) -> list[tuple[str, str]]:
+def _curves(trainer: Trainer) -> list[tuple[str, str]]:
+    picture = trainer.run_folder / CURVES
+    return [("curves", str(picture))] if trainer.experiment.logging.curves and picture.exists() else []
+
+
+def _to_look_at(trainer: Trainer) -> list[str]:
+    """Commands that show the run's numbers."""
     logging, folder = trainer.experiment.logging, trainer.run_folder
-    rows = []
-    if logging.curves and (folder / CURVES).exists():
-        rows.append(("curves", str(folder / CURVES)))
+    lines = []
     if logging.tensorboard:
-        rows.append(("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"))
-    return rows
+        lines.append(f"  look         tensorboard --logdir {folder / 'tensorboard'}")
+    if logging.wandb is not None and any(folder.glob("wandb/offline-run-*")):
+        lines.append(f"  upload       wandb sync {folder}/wandb/offline-run-*")
+    return lines
 
 
 def to_train_on(experiment: Experiment) -> list[str]:
@@ -89,11 +99,26 @@ def _losses(trainer: Trainer) -> list[tuple[str, str]]:
     if loss is not None and math.isfinite(loss):
         text = f"{loss:.4f} nats a token"
         rows.append(("loss", text if held_out is None else f"{text}, held-out {held_out:.4f}"))
-    manifest = trainer.prepared.manifest
-    if manifest is not None:
-        entropy = f"{manifest.unigram_entropy_nats:.4f} nats a token"
-        rows.append(("unigram entropy", f"{entropy} (the best guess that only knows how frequent each is)"))
+    entropies = {
+        source.name: f"{source.manifest.unigram_entropy_nats:.4f}" for source in trainer.prepared.sources
+    }
+    if entropies:
+        text = f"{_by_source(entropies)} nats a token (the best guess that only knows how frequent each is)"
+        rows.append(("unigram entropy", text))
     return rows
+
+
+def _seen(trainer: Trainer) -> list[tuple[str, str]]:
+    """How often the run has gone through its data, that of earlier starts included."""
+    if not trainer.prepared.sources:
+        return []
+    train, samples = trainer.datasets.train, trainer.consumed_samples
+    epochs = train.epochs(samples) if isinstance(train, Blend) else {"": samples / len(train)}
+    return [("epochs", _by_source({name: f"{times:.3g}" for name, times in epochs.items()}))]
+
+
+def _by_source(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}".strip() for name, value in values.items())
 
 
 def _plural(number: int, noun: str) -> str:

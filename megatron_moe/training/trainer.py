@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.data.batches import Microbatches, Samples
+from megatron_moe.data.batches import Microbatches
+from megatron_moe.data.blend import Blend
 from megatron_moe.data.prepare import Prepared
+from megatron_moe.data.samples import Samples
 from megatron_moe.engine import schedule
 from megatron_moe.engine.device import Device
 from megatron_moe.engine.optimizer import learning_rates
@@ -110,6 +112,8 @@ class Trainer:
         }
         if training.rampup_batch_size is not None:
             record["global_batch_size"] = sequences
+        if self.prepared.sources and self.experiment.data.blend is None:
+            record["epoch"] = self.consumed_samples / len(self.datasets.train)
         if not updated:
             record["skipped"] = "the gradient norm is not finite"
         if sums.moe is not None:
@@ -117,8 +121,11 @@ class Trainer:
             record |= moe_metrics(sums.moe, self.experiment, detailed)
         return record
 
-    def evaluate(self, dataset: Samples, iterations: int) -> float:
-        """Mean loss a target token over the first `iterations` global batches of `dataset`, in order."""
+    def evaluate(self, dataset: Samples, iterations: int) -> Record:
+        """`eval/loss`, the mean loss a target token over the first `iterations` global batches of `dataset`,
+        in order. Where several sources are blended, also that over each one's samples among them,
+        `eval/loss/<name>`; NaN where there are none."""
+        names = [part.name for part in dataset.parts] if isinstance(dataset, Blend) else [""]
         batches = self.microbatches(dataset, 0, shuffle=False)
         shapes = self.shapes()
         for chunk in self.chunks:
@@ -131,8 +138,16 @@ class Trainer:
                 )
         for chunk in self.chunks:
             chunk.train()
-        sums = schedule.sum_over_ranks(reports, self.device.torch_device)
-        return sums[0] / sums[1] if sums[1] else math.nan
+        sums = schedule.sum_over_ranks(reports, self.device.torch_device, width=2 * len(names))
+        of_sources = list(zip(sums[::2], sums[1::2], strict=True))
+        losses, targets = (sum(column) for column in zip(*of_sources, strict=True))
+        record: Record = {"eval/loss": losses / targets if targets else math.nan}
+        if len(names) > 1:
+            record |= {
+                f"eval/loss/{name}": losses / targets if targets else math.nan
+                for name, (losses, targets) in zip(names, of_sources, strict=True)
+            }
+        return record
 
     def microbatches(self, dataset: Samples, consumed_samples: int, shuffle: bool) -> Iterator[Batch]:
         """This replica's microbatches from a position on, on this rank's device."""

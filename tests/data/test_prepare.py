@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Data, Prepare, Tokenizer
-from megatron_moe.data.prepare import Prepared, prepare
+from megatron_moe.data.prepare import Prepared, PreparedSource, prepare
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.tokenizer_training import train_sentencepiece
 from megatron_moe.data.tokenizers import BytesTokenizer, SentencePieceTokenizer
@@ -31,9 +31,13 @@ def made(data: Data, root: Path) -> Prepared:
     return prepare(experiment(data), root)
 
 
+def files_of(prepared: Prepared) -> PreparedSource:
+    (source,) = prepared.sources
+    return source
+
+
 def folder_of(prepared: Prepared) -> Path:
-    assert prepared.prefix is not None
-    return prepared.prefix.parent
+    return files_of(prepared).prefix.parent
 
 
 @pytest.fixture
@@ -48,11 +52,11 @@ def test_text_becomes_token_files_with_a_tokenizer_of_its_own(tmp_path: Path) ->
     (tokenizer_folder,) = names(tmp_path / "_prepared") - {folder.name}
     assert folder.name.startswith("tinyshakespeare-") and tokenizer_folder.startswith("tokenizer-")
     assert prepared.vocab_size == 500
-    assert prepared.tokenizer is not None and prepared.manifest is not None
+    assert prepared.tokenizer is not None
     model = tmp_path / "_prepared" / tokenizer_folder / "tokenizer.model"
     assert prepared.tokenizer.sha256 == SentencePieceTokenizer(model).sha256
-    assert prepared.manifest.tokenizer_sha256 == prepared.tokenizer.sha256
-    first = np.fromfile(f"{prepared.prefix}.bin", np.uint16)[:100].tolist()
+    assert files_of(prepared).manifest.tokenizer_sha256 == prepared.tokenizer.sha256
+    first = np.fromfile(f"{files_of(prepared).prefix}.bin", np.uint16)[:100].tolist()
     assert prepared.tokenizer.decode(first[: first.index(prepared.tokenizer.eod)]) == (
         SHAKESPEARE.read_text().split("\n\n")[0] + "\n"
     )
@@ -62,7 +66,7 @@ def test_a_second_call_finds_what_was_made_and_writes_nothing(tmp_path: Path, te
     first = made(from_text(text), tmp_path)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "_prepared").rglob("*")}
     again = made(from_text(text), tmp_path)
-    assert (again.prefix, again.manifest) == (first.prefix, first.manifest)
+    assert again.sources == first.sources
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "_prepared").rglob("*")} == before
 
 
@@ -94,7 +98,8 @@ from data_samples import experiment
 from megatron_moe.config.schema import Data, Prepare, Tokenizer
 data = Data(prepare=Prepare(input=[sys.argv[1]], documents="line"), tokenizer=Tokenizer(vocab_size=400))
 prepared = prepare(experiment(data), Path(sys.argv[2]))
-print(prepared.prefix, prepared.tokenizer.sha256, prepared.manifest.tokens)
+(source,) = prepared.sources
+print(source.prefix, prepared.tokenizer.sha256, source.manifest.tokens)
 """
 
 
@@ -134,7 +139,7 @@ def test_wrong_text_names_the_key_and_the_line_and_leaves_nothing(tmp_path: Path
 
 def test_a_damaged_folder_is_named_with_the_way_out(tmp_path: Path, text: str) -> None:
     prepared = made(from_text(text), tmp_path)
-    Path(f"{prepared.prefix}.bin").write_bytes(b"short")
+    Path(f"{files_of(prepared).prefix}.bin").write_bytes(b"short")
     with pytest.raises(
         InputError, match=rf"^data\.prepare: .*tokens\.bin: .*remove the folder {folder_of(prepared)}"
     ):
@@ -163,8 +168,8 @@ def at_path(prefix: Path, tokenizer: Tokenizer) -> Data:
 
 def test_existing_files_are_taken_as_they_are(tmp_path: Path, existing: Path) -> None:
     prepared = made(at_path(existing, Tokenizer(model=f"{existing}.model")), tmp_path / "runs")
-    assert prepared.prefix == existing
-    assert prepared.manifest is not None and prepared.manifest.documents == 1
+    assert files_of(prepared).prefix == existing
+    assert files_of(prepared).manifest.documents == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -232,13 +237,13 @@ def test_files_of_megatron_lm_are_accepted_and_read_through_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = by_megatron(tmp_path / "lm", [[1, 1, 2, 256] * 8, [1, 3, 256] * 8])
-    manifest = made(at_path(prefix, BYTES), tmp_path / "runs").manifest
+    manifest = files_of(made(at_path(prefix, BYTES), tmp_path / "runs")).manifest
     assert manifest is not None
     assert (manifest.documents, manifest.tokens, manifest.tokenizer_sha256) == (2, 56, None)
     shares = np.array([3, 1, 1, 2]) / 7
     assert manifest.unigram_entropy_nats == pytest.approx(-(shares * np.log(shares)).sum(), rel=1e-12)
     monkeypatch.setattr("megatron_moe.data.existing._scan", None)
-    assert made(at_path(prefix, BYTES), tmp_path / "runs").manifest == manifest
+    assert files_of(made(at_path(prefix, BYTES), tmp_path / "runs")).manifest == manifest
     monkeypatch.undo()
     by_megatron(prefix, [[1, 1, 2, 256] * 8, [1, 3, 257] * 8])
     with pytest.raises(
@@ -256,7 +261,7 @@ def test_a_part_without_a_sample_is_found_before_any_rank_starts(tmp_path: Path)
 def test_mock_data_needs_no_files(tmp_path: Path) -> None:
     mock = Data(kind="mock")
     prepared = prepare(experiment(mock, vocab_size=1000), tmp_path)
-    assert (prepared.prefix, prepared.tokenizer, prepared.vocab_size) == (None, None, 1000)
+    assert prepared == Prepared((), None, 1000)
     assert (
         prepare(experiment(Data(kind="mock", tokenizer=BYTES)), tmp_path).vocab_size
         == BytesTokenizer.vocab_size

@@ -18,11 +18,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Data, Experiment, Tokenizer
-from megatron_moe.data.batches import Samples
+from megatron_moe.data.existing import check_token_files
 from megatron_moe.data.parts import part_bounds
-from megatron_moe.data.prepare import Prepared, prepare
+from megatron_moe.data.prepare import Prepared, PreparedSource, prepare
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.pretraining import Datasets, build_datasets
+from megatron_moe.data.samples import Samples
 from megatron_moe.data.tokenizers import BytesTokenizer
 
 BYTES = Tokenizer(kind="bytes")
@@ -44,13 +45,20 @@ def prepared(tmp_path: Path) -> Prepared:
         builder.add_document(torch.arange(start, start + length), [length])
         start += length
     builder.finalize(str(tmp_path / "numbers.idx"))
-    return Prepared(tmp_path / "numbers", Numbers(), None, 10_000, tmp_path / "index")
+    prefix, tokenizer = tmp_path / "numbers", Numbers()
+    manifest = check_token_files(prefix, tokenizer, tmp_path)
+    return Prepared((PreparedSource("", prefix, manifest, tmp_path / "index"),), tokenizer, 10_000)
+
+
+def files_of(prepared: Prepared) -> PreparedSource:
+    (source,) = prepared.sources
+    return source
 
 
 @pytest.fixture
 def bounds(prepared: Prepared) -> np.ndarray[Any, Any]:
     """[101] where each document begins, and the end."""
-    lengths = np.fromfile(f"{prepared.prefix}.idx", np.int32, 100, offset=34)
+    lengths = np.fromfile(f"{files_of(prepared).prefix}.idx", np.int32, 100, offset=34)
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
@@ -188,23 +196,22 @@ def test_the_length_that_the_error_names_works(prepared: Prepared) -> None:
 
 
 def test_the_index_is_made_once_also_by_several_at_once(prepared: Prepared) -> None:
-    assert prepared.index_cache is not None
     with ThreadPoolExecutor(4) as pool:
         lengths = list(pool.map(lambda _: len(build_datasets(numbers(), prepared).train), range(4)))
     assert len(set(lengths)) == 1
-    before = {path: path.stat().st_mtime_ns for path in prepared.index_cache.rglob("*")}
-    assert len(names(prepared.index_cache)) == 2
+    before = {path: path.stat().st_mtime_ns for path in files_of(prepared).index_cache.rglob("*")}
+    assert len(names(files_of(prepared).index_cache)) == 2
     assert all_tokens(build_datasets(numbers(), prepared).train).size
-    assert {path: path.stat().st_mtime_ns for path in prepared.index_cache.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in files_of(prepared).index_cache.rglob("*")} == before
 
 
 def test_replaced_token_files_get_an_index_of_their_own(prepared: Prepared) -> None:
-    assert prepared.prefix is not None
+    prefix = files_of(prepared).prefix
     build_datasets(numbers(), prepared)
-    builder = IndexedDatasetBuilder(f"{prepared.prefix}.bin", dtype=np.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for _ in range(100):
         builder.add_document(torch.full((40,), 7), [40])
-    builder.finalize(f"{prepared.prefix}.idx")
+    builder.finalize(f"{prefix}.idx")
     samples = build_datasets(numbers(), prepared).train
     assert len(samples) == (80 * 40 - 1) // 16
     assert (all_tokens(samples) == 7).all()
@@ -213,8 +220,7 @@ def test_replaced_token_files_get_an_index_of_their_own(prepared: Prepared) -> N
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "objects"])
 def test_a_damaged_index_is_refused_unread(prepared: Prepared, damage: str) -> None:
     build_datasets(numbers(), prepared)
-    assert prepared.index_cache is not None
-    path = next(prepared.index_cache.glob("train-*/*shuffle_index.npy"))
+    path = next(files_of(prepared).index_cache.glob("train-*/*shuffle_index.npy"))
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-8])
     elif damage == "pickle":

@@ -96,8 +96,8 @@ def test_token_files_of_other_tools_are_told_apart_by_their_tokens(tmp_path, tex
     """They have no manifest that names the text they were made of."""
     experiment = load(config(tmp_path, text)).experiment
     prepared = prepare(experiment, Path(experiment.logging.root))
-    assert prepared.prefix is not None
-    tokens = {suffix: prepared.prefix.with_suffix(suffix).read_bytes() for suffix in (".bin", ".idx")}
+    (source,) = prepared.sources
+    tokens = {suffix: source.prefix.with_suffix(suffix).read_bytes() for suffix in (".bin", ".idx")}
     for suffix, content in tokens.items():
         (tmp_path / f"theirs{suffix}").write_bytes(content)
     path = config(tmp_path, text)

@@ -98,7 +98,8 @@ def evaluations(experiment: Experiment, run: Path, by_hand: bool) -> tuple[float
     trainer = begin(experiment, run)
     valid, count = trainer.datasets.valid, experiment.training.eval_iters
     assert valid is not None
-    return trainer.evaluate(valid, count), hand_loss(trainer, valid, count, False) if by_hand else None
+    (loss,) = trainer.evaluate(valid, count).values()
+    return loss, hand_loss(trainer, valid, count, False) if by_hand else None
 
 
 def hand_loss(trainer: Trainer, dataset: Any, iterations: int, shuffle: bool) -> float:

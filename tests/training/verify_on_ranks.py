@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.data.batches import Samples
 from megatron_moe.data.pretraining import Datasets
+from megatron_moe.data.samples import Samples
 from megatron_moe.engine.checkpoint import unwrap
 from megatron_moe.plan import plan
 from megatron_moe.training import verify

@@ -7,12 +7,12 @@ from megatron_moe.training.trainer import Trainer
 
 
 class Evaluation(Callback):
-    """Adds `eval/loss`, the mean loss a target token over `training.eval_iters` global batches, every
-    `training.eval_interval` steps and at the end."""
+    """Adds `eval/loss`, the mean loss a target token over `training.eval_iters` global batches, and that of
+    each source of a blend, every `training.eval_interval` steps and at the end."""
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
         training, held_out = trainer.experiment.training, trainer.datasets.valid
         if training.eval_interval is None or held_out is None:
             return
         if trainer.iteration % training.eval_interval == 0 or trainer.iteration == training.train_iters:
-            record["eval/loss"] = trainer.evaluate(held_out, training.eval_iters)
+            record |= trainer.evaluate(held_out, training.eval_iters)
