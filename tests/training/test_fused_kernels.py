@@ -1,0 +1,59 @@
+"""Keys for fused kernels reach them, and what is trained is the same; unfused code stands in for kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import kernels_on_ranks as on_ranks
+import pytest
+from distributed import ranks
+from experiments import MOE, experiment, layout
+
+KEYS: dict[str, tuple[str, set[str]]] = {
+    # key -> section, kernels that it runs
+    "apply_rope_fusion": ("model", {"fused_apply_rotary_pos_emb"}),
+    "moe_permute_fusion": (
+        "moe",
+        {
+            "fused_permute_with_probs",
+            "fused_unpermute",
+            "fused_sort_chunks_by_index",
+            "fused_sort_chunks_by_index_with_probs",
+        },
+    ),
+    "moe_router_fusion": (
+        "moe",
+        {"fused_topk_with_score_function", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"},
+    ),
+    "gradient_accumulation_fusion": ("training", {"wgrad_gemm_accum_fp32"}),
+}
+
+
+def made(*keys: str) -> Any:
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"num_layers": 2},
+        "moe": {**MOE, "moe_shared_expert_intermediate_size": 16},
+        "training": {"micro_batch_size": 2},
+    }
+    for key in keys:
+        sections[KEYS[key][0]][key] = True
+    moe = sections.pop("moe")
+    return experiment(moe, parallel=layout(tp=2), **sections)
+
+
+@pytest.fixture(scope="module")
+def unfused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    records, calls = ranks(2).run(on_ranks.with_stand_ins, made(), tmp_path_factory.mktemp("unfused"), 3)[0]
+    assert calls == {}
+    return list(records)
+
+
+@pytest.mark.second_pair
+@pytest.mark.parametrize("key", KEYS)
+def test_each_key_reaches_its_kernels(key: str, unfused: list[dict[str, Any]], tmp_path: Path) -> None:
+    for records, calls in ranks(2).run(on_ranks.with_stand_ins, made(key), tmp_path, 3):
+        assert calls.keys() == KEYS[key][1]
+        for name in ("loss", "grad_norm", "moe/aux_loss", "moe/load_max_over_mean"):
+            expected = [record[name] for record in unfused]
+            assert [record[name] for record in records] == pytest.approx(expected, rel=1e-6), name
