@@ -7,43 +7,20 @@ length of the run, of the number of replicas or of the micro batch size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-
-class Samples(Protocol):
-    """Training samples by index. Each has `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s]
-    float32."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+from megatron_moe.data.blend import Blend
+from megatron_moe.data.order import Order, SampleOrder
+from megatron_moe.data.samples import Samples
 
 
-class SampleOrder:
-    """Sample i of a run, as an index into a dataset of `length` samples: epoch i // length, and there a place
-    in its order."""
-
-    def __init__(self, length: int, seed: int, shuffle: bool) -> None:
-        self._length = length
-        self._seed = seed
-        self._shuffle = shuffle
-        self._epoch = -1
-        self._permutation: NDArray[Any] = np.zeros(0, np.uint32)
-
-    def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self._length)
-        if not self._shuffle:
-            return place
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
-            self._permutation = generator.permutation(np.arange(self._length, dtype=np.uint32))
-            self._epoch = epoch
-        return int(self._permutation[place])
+def order_of(dataset: Samples, seed: int, shuffle: bool) -> Order:
+    """Sample i of a run, as an index into the dataset."""
+    if isinstance(dataset, Blend):
+        return dataset.order(seed, shuffle)
+    return SampleOrder(len(dataset), seed, shuffle)
 
 
 class Microbatches:
@@ -72,7 +49,7 @@ class Microbatches:
         )
         assert 0 <= data_parallel_rank < data_parallel_size
         self._dataset = dataset
-        self._order = SampleOrder(len(dataset), seed, shuffle)
+        self._order = order_of(dataset, seed, shuffle)
         self._micro_batch_size = micro_batch_size
         self._stride = micro_batch_size * data_parallel_size
         # A global batch is a whole number of strides, so it need not be counted.
