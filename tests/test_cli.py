@@ -14,6 +14,7 @@ from megatron_moe.config.loading import load
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+CORPUS = str(ROOT / "corpus" / "tinyshakespeare.txt")
 COMMANDS = ["validate", "plan", "train", "verify", "preprocess"]
 
 
@@ -127,7 +128,7 @@ def test_validate_finds_input_files_that_are_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "none.txt"
-    assert exit_code("validate", QUICKSTART, f"data.prepare.input=[{QUICKSTART}, {path}]") == 2
+    assert exit_code("validate", QUICKSTART, f"data.prepare.input=[{CORPUS}, {path}]") == 2
     assert capsys.readouterr().err == (
         f"override data.prepare.input: names {path}, and there is no such file; name an existing file\n"
     )

@@ -10,18 +10,15 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config import tokenizer_files
+from megatron_moe.config.errors import ConfigError, InputError
 from megatron_moe.config.keys import leaves
 from megatron_moe.config.layout_string import LayoutMistake, layers_of, layers_per_stage
 from megatron_moe.config.origin import Problem, shown
 from megatron_moe.config.reads import with_reads
 from megatron_moe.config.schema import Experiment
-
-BYTES_VOCAB_SIZE = 257
-"""256 byte values and the end of a document."""
 
 
 class Underivable(Exception):
@@ -149,13 +146,19 @@ def _kv_channels(e: Experiment, world_size: int | None) -> int:
 def _vocab_size(e: Experiment, world_size: int | None) -> int:
     tokenizer = e.data.tokenizer
     if tokenizer.kind == "bytes":
-        return BYTES_VOCAB_SIZE
-    if tokenizer.vocab_size is not None:
+        return tokenizer_files.BYTES_VOCAB_SIZE
+    if tokenizer.vocab_size is not None and tokenizer.kind == "sentencepiece":
         return tokenizer.vocab_size
     if tokenizer.model is not None:
-        return _sentencepiece_size(tokenizer.model)
+        try:
+            return tokenizer_files.vocab_size(tokenizer.kind, tokenizer.model, tokenizer.eod)
+        except InputError as error:
+            reason = str(error).removeprefix(f"{tokenizer.model}: ")
+            text = f"gives no model.vocab_size: {reason}"
+            advice = "name another file, or set model.vocab_size"
+            raise Underivable(Problem(("data.tokenizer.model",), text, advice)) from None
     if e.data.kind == "pretraining":
-        raise Underivable  # rules.tokenizer_said_once says what is missing
+        raise Underivable  # tokenizer_rules.tokenizer_said_once says what is missing
     raise Underivable(
         Problem(
             ("model.vocab_size",),
@@ -163,25 +166,6 @@ def _vocab_size(e: Experiment, world_size: int | None) -> int:
             "set model.vocab_size, data.tokenizer.vocab_size, or data.tokenizer.model",
         )
     )
-
-
-def _sentencepiece_size(path: str) -> int:
-    if not Path(path).is_file():
-        reason = f"there is no such file, so that model.vocab_size does not follow from it ({path})"
-        raise Underivable(
-            Problem(("data.tokenizer.model",), reason, "set model.vocab_size, or name an existing file")
-        )
-    import sentencepiece
-
-    try:
-        return int(sentencepiece.SentencePieceProcessor(model_file=path).vocab_size())
-    except (RuntimeError, OSError) as error:
-        problem = Problem(
-            ("data.tokenizer.model",),
-            "is not a sentencepiece model",
-            "name a file that sentencepiece trained",
-        )
-        raise Underivable(problem) from error
 
 
 def _expert_model_parallel_size(e: Experiment, world_size: int | None) -> int:

@@ -2,27 +2,83 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator, Sequence
 
+from megatron_moe.config.errors import InputError
 from megatron_moe.config.keys import in_tree, input_paths, leaves, schema_key, value_at
 from megatron_moe.config.loading import Loaded
 from megatron_moe.config.origin import Problem
+from megatron_moe.config.schema import Data
+from megatron_moe.config.sources import texts_of
+from megatron_moe.config.text_files import files_of, named_twice, nothing_in, suffix_of, unknown_type
+
+_PACKAGES = {
+    ".parquet": ("pyarrow", "parquet"),
+    ".zst": ("zstandard", "zstd"),
+    "huggingface": ("tokenizers", "huggingface"),
+    "tiktoken": ("tiktoken", "tiktoken"),
+}
+"""What reads a type of file, or is a kind of tokenizer: the package and the extra that brings it."""
 
 
 def missing_files(loaded: Loaded) -> list[str]:
-    """One line for each file that the experiment names and that cannot be read."""
+    """One line for each file, or package to read it with, that the experiment needs and that is not there."""
     found = []
     for key in (key for known in input_paths() for key in in_tree(loaded.experiment, known)):
         value = value_at(loaded.experiment, key)
         for path in [value] if isinstance(value, str) else value or []:
-            for file in (f"{path}.bin", f"{path}.idx") if key.endswith(".path") else (path,):
-                if not os.path.isfile(file):
-                    found.append(
-                        Problem((key,), f"names {file}, and there is no such file", "name an existing file")
-                    )
-                elif not os.access(file, os.R_OK):
-                    found.append(
-                        Problem((key,), f"names {file}, which cannot be read", "change its permissions")
-                    )
+            if key.endswith(".input"):
+                found += list(_of_text(key, path))
+            elif key.endswith(".path"):
+                found += [problem for end in (".bin", ".idx") for problem in _of_file(key, path + end)]
+            elif not (os.path.isdir(path) and loaded.experiment.data.tokenizer.kind == "huggingface"):
+                found += list(_of_file(key, path))
+    for section, prepare in texts_of(loaded.experiment.data).items():
+        found += _named_twice(f"{section}.input", prepare.input)
+    found += _missing_packages(loaded.experiment.data)
     values = {key: value for key, value in leaves(loaded.experiment) if schema_key(key) not in input_paths()}
     return [problem.render(values, loaded.provenance) for problem in found]
+
+
+def _of_text(key: str, entry: str) -> Iterator[Problem]:
+    try:
+        files = files_of(entry)
+    except InputError as error:
+        yield Problem((key,), f"names {error}", "change its permissions")
+        return
+    if not files:
+        text, _, remedy = nothing_in(entry).rpartition("; ")
+        yield Problem((key,), f"names {text}", remedy)
+    for file in files:
+        if suffix_of(file):
+            yield from _of_file(key, file)
+        else:
+            text, _, remedy = unknown_type(file).rpartition("; ")
+            yield Problem((key,), f"names {text}", remedy)
+
+
+def _of_file(key: str, file: str) -> Iterator[Problem]:
+    if not os.path.isfile(file):
+        yield Problem((key,), f"names {file}, and there is no such file", "name an existing file")
+    elif not os.access(file, os.R_OK):
+        yield Problem((key,), f"names {file}, which cannot be read", "change its permissions")
+
+
+def _named_twice(key: str, inputs: Sequence[str]) -> Iterator[Problem]:
+    for line in named_twice(inputs):
+        text, _, remedy = line.rpartition("; ")
+        yield Problem((key,), f"names {text}", remedy)
+
+
+def _missing_packages(data: Data) -> Iterator[Problem]:
+    wanted: dict[str, str] = {data.tokenizer.kind: "data.tokenizer.kind"}
+    for section, prepare in texts_of(data).items():
+        for file in (file for entry in prepare.input for file in files_of(entry)):
+            wanted.setdefault(f".{file.lower().rpartition('.')[2]}", f"{section}.input")
+    for what, key in wanted.items():
+        package, extra = _PACKAGES.get(what, ("", ""))
+        if package and importlib.util.find_spec(package) is None:
+            text = f"needs the package {package} ({what}), which is not installed here"
+            yield Problem((key,), text, f"pip install 'megatron-moe[{extra}]'")

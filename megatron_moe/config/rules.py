@@ -11,6 +11,7 @@ from megatron_moe.config import (
     recompute_rules,
     run_rules,
     sink_rules,
+    tokenizer_rules,
 )
 from megatron_moe.config.megatron_core_rules import megatron_core_fields
 from megatron_moe.config.origin import Problem
@@ -37,6 +38,7 @@ RULES: list[Rule] = [
     model_rules.top1_needs_softmax_first,
     model_rules.expert_ffn_over_etp,
     model_rules.shared_experts_over_tp,
+    model_rules.biases_of_experts,
     model_rules.moe_layer_list_length,
     layout_rules.experts_over_ep,
     layout_rules.expert_ranks_fold,
@@ -55,7 +57,8 @@ RULES: list[Rule] = [
     data_rules.source_said_once,
     data_rules.weights_or_epochs,
     data_rules.sources_are_read,
-    run_rules.tokenizer_said_once,
+    tokenizer_rules.tokenizer_keys_of_kind,
+    tokenizer_rules.tokenizer_said_once,
     data_rules.split_has_training_part,
     data_rules.evaluation_has_data,
     data_rules.ends_of_documents,

@@ -1,123 +1,76 @@
-"""Text and jsonl files, plain or gzipped: cut into chunks of whole lines, and a chunk into documents.
+"""A chunk of an input file, and the documents in it; what to do with those that cannot be read.
 
 Light on purpose: the worker processes of `data.preprocess` import it.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import io
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.data.tokenizers import split_lines
 
 Unit = Literal["file", "line", "paragraph"]
 """What one document is in a text file."""
+BadRecords = Literal["error", "skip"]
+"""What happens at a document that cannot be read."""
+Complain = Callable[[str], None]
+"""Takes the one-line description of a bad record, and raises it or keeps it."""
 
-CHUNK_BYTES = 1 << 20
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ICONV = "convert the file, for example with iconv"
 _BLANK = " \t\r\n\x0b\x0c"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of one input file."""
+    """Whole lines of a text or jsonl file, or whole rows of a parquet file."""
 
     path: str
-    first_line: int
-    """Number of the first line, counted from 1."""
+    first: int
+    """Number of the first line or row, counted from 1."""
     payload: bytes
-    unit: Unit | Literal["record"]
+    """The lines; or the texts of the rows, one after the other."""
+    unit: Unit | Literal["record", "row"]
     """What one document is; `record`: a line of jsonl."""
     ends_document: bool = True
     """False: the document goes on in the next chunk."""
+    row_bytes: NDArray[np.int64] | None = None
+    """Bytes of the text of each row, -1 for a row without one."""
 
 
-class InputFile:
-    """One input file, read once from front to back; its bytes are counted and hashed on the way."""
-
-    def __init__(self, path: str) -> None:
-        """Open the file. InputError if its name says no known type, or it is missing, unreadable or empty."""
-        self.path = path
-        name = path.lower()
-        if not name.endswith(SUFFIXES):
-            raise InputError(
-                f"{path}: unknown type of input; the name has to end in one of {', '.join(SUFFIXES)}"
-            )
-        self._is_gzip = name.endswith(".gz")
-        self._is_jsonl = name.removesuffix(".gz").endswith(".jsonl")
-        try:
-            self._raw = _HashingFile(path)
-            self._reader = io.BufferedReader(self._raw, CHUNK_BYTES)
-            if not self._reader.peek(1):
-                raise InputError(_empty(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the input: {error.strerror}") from None
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the file, as it lies on disk, that were read so far."""
-        return self._raw.bytes_read
-
-    @property
-    def sha256(self) -> str:
-        """Of the bytes read so far: once all chunks were taken, of the file as it lies on disk."""
-        return self._raw.hash.hexdigest()
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def chunks(self, unit: Unit, may_split: bool) -> Iterator[Chunk]:
-        """The file in order. `may_split`: a document that is a whole file may come in several chunks.
-
-        InputError where the file cannot be read or unpacked.
-        """
-        kind: Unit | Literal["record"] = "record" if self._is_jsonl else unit
-        stream: io.BufferedIOBase = gzip.GzipFile(fileobj=self._reader) if self._is_gzip else self._reader
-        line = 1
-        is_empty = True
-        try:
-            for block, following in pairwise(chain(_blocks(stream, kind, may_split), [b""])):
-                payload = block.removeprefix(_BYTE_ORDER_MARK) if line == 1 else block
-                ends_document = kind != "file" or not following
-                is_empty = is_empty and not payload
-                yield Chunk(self.path, line, payload, kind, ends_document)
-                line += block.count(b"\n")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{self.path}: not a gzip file, or a damaged one: {error}") from None
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot read the input: {error.strerror}") from None
-        if is_empty:
-            raise InputError(_empty(self.path))
+def stop(problem: str) -> None:
+    """The `Complain` of bad_records error."""
+    raise InputError(problem)
 
 
-def texts(chunk: Chunk, json_key: str) -> Iterator[str]:
+def texts(chunk: Chunk, json_key: str, complain: Complain = stop) -> Iterator[str]:
     """The documents of a chunk in order, each exactly as it stands in the file, newlines included; some may
     be empty.
 
-    InputError, with the line's number, for what is not UTF-8, not JSON, or a record without a text at
-    `json_key`.
+    What is not UTF-8, not JSON, or a record without a text at `json_key` is left out and handed to
+    `complain`, with the file and the number of the line or row.
     """
+    if chunk.unit == "row":
+        return _rows(chunk, json_key, complain)
     if chunk.unit == "record":
-        for number, record in enumerate(chunk.payload.split(b"\n"), chunk.first_line):
-            if record.strip():
-                yield _text_of_record(f"{chunk.path}:{number}", record, json_key)
-        return
-    text = _decode(chunk)
-    if chunk.unit == "file":
-        yield text
-        return
+        return _records(chunk, json_key, complain)
+    try:
+        text = chunk.payload.decode()
+    except UnicodeDecodeError:
+        return _readable_pieces(chunk, complain)
+    return iter([text]) if chunk.unit == "file" else _pieces(text, chunk.unit)
+
+
+def _pieces(text: str, unit: str) -> Iterator[str]:
+    """The lines or paragraphs of a text that are not blank."""
     lines = split_lines(text)
-    if chunk.unit == "line":
+    if unit == "line":
         yield from (line for line in lines if line.strip(_BLANK))
         return
     paragraph: list[str] = []
@@ -129,94 +82,83 @@ def texts(chunk: Chunk, json_key: str) -> Iterator[str]:
             paragraph = []
 
 
-def file_sha256(path: str) -> str:
-    """The SHA-256 of a file's bytes. InputError if it cannot be read."""
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the input: {error.strerror}") from None
+def _readable_pieces(chunk: Chunk, complain: Complain) -> Iterator[str]:
+    """The documents of a chunk of text that are UTF-8 in spite of others that are not."""
+    # Each byte becomes one character here, so that documents are found as they are in a text.
+    raw = chunk.payload.decode("latin-1")
+    line = chunk.first
+    pieces = [raw] if chunk.unit == "file" else _pieces(raw, chunk.unit)
+    end = 0
+    for piece in pieces:
+        begin = raw.index(piece, end)
+        line += raw.count("\n", end, begin)
+        end = begin + len(piece)
+        payload = piece.encode("latin-1")
+        try:
+            yield payload.decode()
+        except UnicodeDecodeError as error:
+            wrong = line + payload.count(b"\n", 0, error.start)
+            complain(f"{chunk.path}:{wrong}: {_not_utf8(error)}; {_ICONV}")
+        line += piece.count("\n")
 
 
-def _empty(path: str) -> str:
-    return f"{path}: the file is empty; give one that holds text"
+def _rows(chunk: Chunk, json_key: str, complain: Complain) -> Iterator[str]:
+    assert chunk.row_bytes is not None
+    end = 0
+    for row, size in enumerate(chunk.row_bytes.tolist(), chunk.first):
+        where = f"{chunk.path}: row {row}"
+        if size < 0:
+            complain(f"{where}: the column '{json_key}' is null, not a text")
+            continue
+        begin, end = end, end + size
+        try:
+            yield chunk.payload[begin:end].decode()
+        except UnicodeDecodeError as error:
+            complain(f"{where}: {_not_utf8(error)}")
 
 
-class _HashingFile(io.RawIOBase):
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
-        self.hash = hashlib.sha256()
-        self.bytes_read = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = self._file.readinto(buffer)
-        self.hash.update(memoryview(buffer)[:count])
-        self.bytes_read += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _blocks(stream: io.BufferedIOBase, kind: str, may_split: bool) -> Iterator[bytes]:
-    """The stream in blocks of about CHUNK_BYTES that end where a line, or a paragraph, ends."""
-    if kind == "file" and not may_split:
-        yield stream.read()
-        return
-    while block := stream.read(CHUNK_BYTES):
-        parts = [block, stream.readline()]
-        if kind == "paragraph":
-            parts += _through_blank_line(stream)
-        yield b"".join(parts)
-
-
-def _through_blank_line(stream: io.BufferedIOBase) -> Iterator[bytes]:
-    while line := stream.readline():
-        yield line
+def _records(chunk: Chunk, json_key: str, complain: Complain) -> Iterator[str]:
+    for number, line in enumerate(chunk.payload.split(b"\n"), chunk.first):
         if not line.strip():
-            return
+            continue
+        try:
+            yield _text_of_record(line, json_key)
+        except UnicodeDecodeError as error:
+            complain(f"{chunk.path}:{number}: {_not_utf8(error)}; {_ICONV}")
+        except _BadRecord as error:
+            complain(f"{chunk.path}:{number}: {error}")
 
 
-def _decode(chunk: Chunk) -> str:
-    try:
-        return chunk.payload.decode()
-    except UnicodeDecodeError as error:
-        line = chunk.first_line + chunk.payload.count(b"\n", 0, error.start)
-        raise InputError(_not_utf8(f"{chunk.path}:{line}", error)) from None
+class _BadRecord(Exception):
+    pass
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
-    byte = error.object[error.start]
-    return f"{where}: not UTF-8 (byte 0x{byte:02x}); convert the file, for example with iconv"
-
-
-def _text_of_record(where: str, line: bytes, json_key: str) -> str:
+def _text_of_record(line: bytes, json_key: str) -> str:
     try:
         record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(_not_utf8(where, error)) from None
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
         message = str(error).replace("line 1 column", "column")
-        raise InputError(
-            f'{where}: not JSON: {message}; a line holds one object like {{"text": "..."}}'
-        ) from None
+        raise _BadRecord(f'not JSON: {message}; a line holds one object like {{"text": "..."}}') from None
     if not isinstance(record, dict):
-        raise InputError(
-            f'{where}: a JSON {type(record).__name__}, where an object like {{"{json_key}": "..."}} is needed'
+        raise _BadRecord(
+            f'a JSON {type(record).__name__}, where an object like {{"{json_key}": "..."}} is needed'
         )
     text = record.get(json_key)
     if not isinstance(text, str):
         found = f"is {json.dumps(text)[:40]}, not a text" if json_key in record else "is missing"
         others = ", ".join(key for key, value in record.items() if isinstance(value, str))
-        raise InputError(f"{where}: json_key '{json_key}' {found}; texts of this record: {others or 'none'}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where}: the text holds half of a surrogate pair, which is no Unicode; remove it"
-        ) from None
+        raise _BadRecord(f"json_key '{json_key}' {found}; texts of this record: {others or 'none'}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _BadRecord(
+                "the text holds half of a surrogate pair, which is no Unicode; remove it"
+            ) from None
     return text
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"

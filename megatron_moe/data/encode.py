@@ -6,14 +6,19 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_moe.data.documents import Chunk, texts
+from megatron_moe.data.documents import BadRecords, Chunk, stop, texts
 from megatron_moe.data.tokenizers import Tokenizer
+
+FIRST_NAMED = 3
+"""So many bad records of all are named."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Encoder:
     dtype: type[np.integer[Any]]
     json_key: str
     append_eod: bool
+    bad_records: BadRecords
 
 
 @dataclass(frozen=True)
@@ -40,24 +46,42 @@ class Encoded:
     """UTF-8 bytes of the documents' text."""
     ends_document: bool
     """False: the last document goes on in the next chunk."""
+    bad_records: int = 0
+    """Records that could not be read and were left out."""
+    first_bad: tuple[str, ...] = ()
+    """What is wrong with the first ones, and where they are."""
 
 
 def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
-    """Tokenize the documents of a chunk. InputError, with file and line, for what cannot be read."""
-    parts: list[NDArray[Any]] = []
-    empty = text_bytes = 0
-    for text in texts(chunk, encoder.json_key):
-        ids = encoder.tokenizer.encode(text)
-        if not ids:
-            empty += 1
-            continue
-        if encoder.append_eod and chunk.ends_document:
-            ids.append(encoder.tokenizer.eod)
-        parts.append(np.array(ids, dtype=encoder.dtype))
-        text_bytes += len(text.encode())
-    tokens = np.concatenate(parts) if parts else np.zeros(0, encoder.dtype)
-    lengths = np.array([part.size for part in parts], dtype=np.int64)
-    return Encoded(tokens, lengths, empty, text_bytes, chunk.ends_document)
+    """Tokenize the documents of a chunk. InputError, with file and line, for what cannot be read, unless such
+    records are skipped."""
+    bad: list[str] = []
+    complain = stop if encoder.bad_records == "error" else bad.append
+    documents = list(texts(chunk, encoder.json_key, complain))
+    ids = [_as_array(found) for found in encoder.tokenizer.encode_many(documents)]
+    end = int(encoder.append_eod and chunk.ends_document)
+    lengths = np.array([found.size + end for found in ids if found.size], np.int64)
+    tokens = np.empty(int(lengths.sum()), encoder.dtype)
+    begin = 0
+    for found in ids:
+        if found.size:
+            tokens[begin : begin + found.size] = found
+            tokens[begin + found.size : begin + found.size + end] = encoder.tokenizer.eod
+            begin += found.size + end
+    return Encoded(
+        tokens,
+        lengths,
+        empty_documents=len(ids) - lengths.size,
+        text_bytes=sum(len(text) if text.isascii() else len(text.encode()) for text in documents),
+        ends_document=chunk.ends_document,
+        bad_records=len(bad),
+        first_bad=tuple(bad[:FIRST_NAMED]),
+    )
+
+
+def _as_array(ids: Sequence[int] | NDArray[Any]) -> NDArray[Any]:
+    """Ids as an array. Of a list by way of `array`, which takes a tenth of numpy's time."""
+    return ids if isinstance(ids, np.ndarray) else np.frombuffer(array("I", ids), np.uintc)
 
 
 _encoder: Encoder

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Prepare
 from megatron_moe.config.schema import Tokenizer as TokenizerSection
-from megatron_moe.data.documents import SUFFIXES, file_sha256
+from megatron_moe.config.text_files import expand, suffix_of
 from megatron_moe.data.existing import check_token_files
+from megatron_moe.data.input_hashes import hashes_of
 from megatron_moe.data.manifest import FORMAT_VERSION, Manifest
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.staging import staging, sync_folder
@@ -55,11 +56,15 @@ def prepare_tokenizer(spec: TokenizerSection, sections: Mapping[str, Prepare], m
         raise InputError(
             "data.tokenizer.vocab_size: needed to train a sentencepiece tokenizer, for example 1024"
         )
-    inputs = [[*_inputs(section, key), section.json_key] for key, section in sections.items()]
-    folder = made_here / _named("tokenizer", {"inputs": inputs, "vocab_size": spec.vocab_size})
+    corpora, content = [], []
+    for key, section in sections.items():
+        files = _files(section, key)
+        corpora.append(Corpus(files, section.json_key, section.bad_records))
+        content.append([_hashes(files, key, made_here), section.json_key, section.bad_records])
+    folder = made_here / _named("tokenizer", {"text": content, "vocab_size": spec.vocab_size})
     with _made_once(folder) as ready:
         if ready is not None:
-            _train(spec.vocab_size, sections, ready / _TOKENIZER)
+            _train(spec.vocab_size, corpora, " and ".join(sections), ready / _TOKENIZER)
     with naming("data.tokenizer"):
         return load_tokenizer(spec.kind, folder / _TOKENIZER)
 
@@ -73,15 +78,21 @@ def prepare_text(section: Prepare, tokenizer: Tokenizer, made_here: Path, key: s
         made_here: folder for what is made, `<logging.root>/_prepared`.
         key: dotted key of `section`, which errors name.
     """
-    inputs = _inputs(section, key)
-    options = {name: getattr(section, name) for name in ("json_key", "documents", "append_eod")}
-    content = {"inputs": inputs, **options, "tokenizer": [tokenizer.kind, tokenizer.sha256]}
+    files = _files(section, key)
+    hashes = _hashes(files, key, made_here)
+    options: dict[str, Any] = {
+        "json_key": section.json_key,
+        "documents": section.documents,
+        "append_eod": section.append_eod,
+        "bad_records": section.bad_records,
+    }
+    content = {"inputs": hashes, **options, "tokenizer": [tokenizer.kind, tokenizer.sha256]}
     folder = made_here / _named(_corpus(section.input[0]), content)
     with _made_once(folder) as ready:
         if ready is not None:
             with naming(key):
-                manifest = preprocess(section.input, ready / _TOKENS, tokenizer, **options)
-            if [source.sha256 for source in manifest.inputs] != [digest for _, digest in inputs]:
+                manifest = preprocess(files, ready / _TOKENS, tokenizer, **options)
+            if [source.sha256 for source in manifest.inputs] != [digest for _, digest in hashes]:
                 raise InputError(f"{key}.input: a file changed while it was read; start again")
     with naming(key, f"; remove the folder {folder}, and it is made again"):
         manifest = check_token_files(folder / _TOKENS, tokenizer, folder)
@@ -95,8 +106,11 @@ def is_trained_here(spec: TokenizerSection) -> bool:
 
 def load(spec: TokenizerSection) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names. InputError, naming the key, if it cannot be used."""
-    with naming("data.tokenizer.model"):
-        return load_tokenizer(spec.kind, spec.model)
+    try:
+        return load_tokenizer(spec.kind, spec.model, spec.eod, spec.pattern)
+    except InputError as error:
+        named = str(error).startswith(("eod: ", "pattern: "))
+        raise InputError(f"data.tokenizer.{'' if named else 'model: '}{error}") from None
 
 
 @contextlib.contextmanager
@@ -108,10 +122,15 @@ def naming(key: str, hint: str = "") -> Iterator[None]:
         raise InputError(*(f"{key}: {problem}{hint}" for problem in error.problems)) from None
 
 
-def _inputs(section: Prepare, key: str) -> list[tuple[str, str]]:
-    """Type and hash of each input: their names don't matter, as files may move."""
+def _files(section: Prepare, key: str) -> list[str]:
     with naming(f"{key}.input"):
-        return [(_suffix(path), file_sha256(path)) for path in section.input]
+        return expand(section.input)
+
+
+def _hashes(files: Sequence[str], key: str, made_here: Path) -> list[tuple[str, str]]:
+    """Type and hash of each file: their names don't matter, as files may move."""
+    with naming(f"{key}.input"):
+        return list(zip(map(suffix_of, files), hashes_of(files, made_here), strict=True))
 
 
 def _named(name: str, content: Mapping[str, Any]) -> str:
@@ -120,13 +139,11 @@ def _named(name: str, content: Mapping[str, Any]) -> str:
     return f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}"
 
 
-def _corpus(path: str) -> str:
-    name = Path(path).name
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name.removesuffix(_suffix(name))) or "corpus"
-
-
-def _suffix(path: str) -> str:
-    return next((path[-len(suffix) :] for suffix in reversed(SUFFIXES) if path.lower().endswith(suffix)), "")
+def _corpus(entry: str) -> str:
+    """A name for folders, from the first entry of data.prepare.input."""
+    name = Path(entry).name
+    name = name.removesuffix(name[len(name) - len(suffix_of(name)) :])
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_") or "corpus"
 
 
 @contextlib.contextmanager
@@ -146,11 +163,11 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
         sync_folder(folder.parent)
 
 
-def _train(vocab_size: int, sections: Mapping[str, Prepare], output: Path) -> None:
-    corpora = [Corpus(section.input, section.json_key) for section in sections.values()]
+def _train(vocab_size: int, corpora: Sequence[Corpus], keys: str, output: Path) -> None:
     try:
         train_on(corpora, vocab_size, output)
     except InputError as error:
         problem = str(error)
-        key = "data.tokenizer." if problem.startswith("vocab_size:") else f"{' and '.join(sections)}: "
-        raise InputError(key + problem) from None
+        raise InputError(
+            f"data.tokenizer.{problem}" if problem.startswith("vocab_size:") else f"{keys}: {problem}"
+        ) from None

@@ -36,6 +36,8 @@ class Manifest(BaseModel):
     documents: int
     empty_documents: int
     """Documents without a token, which were left out."""
+    skipped_records: int = 0
+    """Records that could not be read, which were left out."""
     tokens: int
     """Ends of documents included."""
     text_bytes: int | None

@@ -18,11 +18,21 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.data.documents import Chunk, InputFile, Unit
-from megatron_moe.data.encode import Encoded, Encoder, encode_chunk, encode_in_worker, start_worker
+from megatron_moe.data.cutting import Cuts
+from megatron_moe.data.documents import BadRecords, Chunk, Unit
+from megatron_moe.data.encode import (
+    FIRST_NAMED,
+    Encoded,
+    Encoder,
+    encode_chunk,
+    encode_in_worker,
+    start_worker,
+)
 from megatron_moe.data.indexed import TokenWriter, bin_path, idx_path, token_dtype
+from megatron_moe.data.inputs import open_input
 from megatron_moe.data.manifest import Manifest, Source, manifest_path, write_manifest
 from megatron_moe.data.progress import reading_progress
 from megatron_moe.data.staging import staging, sync_folder
@@ -40,20 +50,24 @@ def preprocess(
     documents: Unit = "file",
     json_key: str = "text",
     append_eod: bool = True,
+    bad_records: BadRecords = "error",
     workers: int | None = None,
 ) -> Manifest:
-    """Make `<prefix>.bin`, `.idx` and `.json` from `inputs`, replacing what is there.
+    """Make `<prefix>.bin`, `.idx` and `.json` from the files `inputs`, replacing what is there.
 
-    `workers`: processes that tokenize; by default as many as there are cores, fewer for little input.
+    `bad_records`: what happens at a document that cannot be read. `workers`: processes that tokenize; by
+    default as many as there are cores, fewer for little input.
     InputError, with nothing left behind, for inputs that are missing, empty, damaged or not what their name
-    says (file:line), and for a target that cannot be written.
+    says (file:line), if all records were skipped, and for a target that cannot be written.
     """
-    total_bytes = sum(_checked_size(path) for path in inputs)
-    encoder = Encoder(tokenizer, token_dtype(tokenizer.vocab_size), json_key, append_eod)
+    total_bytes = sum(_checked_size(path, json_key) for path in inputs)
+    encoder = Encoder(tokenizer, token_dtype(tokenizer.vocab_size), json_key, append_eod, bad_records)
     with staging(prefix, wait=False) as folder:
         staged = folder / prefix.name
         with reading_progress("tokenized", total_bytes) as show:
-            reader = _Reader(inputs, documents, tokenizer.lines_are_independent, show)
+            # A file that may have to be left out as a whole is read as a whole.
+            cuts = tokenizer.cuts if bad_records == "error" else "nowhere"
+            reader = _Reader(inputs, json_key, documents, cuts, show)
             parts = _encoded(encoder, reader.chunks(), workers or _default_workers(total_bytes))
             try:
                 manifest = _write(staged, encoder, parts, reader.sources)
@@ -73,28 +87,29 @@ class _Reader:
     """The chunks of all inputs in order; remembers each input's hash."""
 
     def __init__(
-        self, inputs: Sequence[str], unit: Unit, may_split: bool, show: Callable[[int], None]
+        self, inputs: Sequence[str], json_key: str, unit: Unit, cuts: Cuts, show: Callable[[int], None]
     ) -> None:
         self._inputs = inputs
+        self._json_key = json_key
         self._unit = unit
-        self._may_split = may_split
+        self._cuts = cuts
         self._show = show
         self.sources: list[Source] = []
 
     def chunks(self) -> Iterator[Chunk]:
         before = 0
         for path in self._inputs:
-            with contextlib.closing(InputFile(path)) as file:
-                for chunk in file.chunks(self._unit, self._may_split):
+            with contextlib.closing(open_input(path, self._json_key)) as file:
+                for chunk in file.chunks(self._unit, self._cuts):
                     yield chunk
                     self._show(before + file.bytes_read)
                 before += file.bytes_read
                 self.sources.append(Source(path=path, sha256=file.sha256))
 
 
-def _checked_size(path: str) -> int:
-    """Bytes of an input. InputError as `InputFile`, for each input before any work is done."""
-    InputFile(path).close()
+def _checked_size(path: str, json_key: str) -> int:
+    """Bytes of an input. InputError as `open_input`, for each input before any work is done."""
+    open_input(path, json_key).close()
     return os.path.getsize(path)
 
 
@@ -131,24 +146,34 @@ def _write(prefix: Path, encoder: Encoder, parts: Iterator[Encoded], sources: li
     """Write all three files. `sources` is complete once `parts` ends."""
     tokenizer = encoder.tokenizer
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    empty_documents = text_bytes = 0
+    empty_documents = text_bytes = bad_records = 0
+    first_bad: list[str] = []
     with contextlib.closing(TokenWriter(prefix, encoder.dtype)) as writer:
         for part in parts:
             writer.add(part.tokens, part.lengths, part.ends_document)
             counts += np.bincount(part.tokens, minlength=counts.size)
             empty_documents += part.empty_documents
             text_bytes += part.text_bytes
+            bad_records += part.bad_records
+            first_bad += part.first_bad[: FIRST_NAMED - len(first_bad)]
         documents, tokens = writer.finish()
     if not tokens:
-        raise InputError(
-            f"{', '.join(source.path for source in sources)}: no documents; give files that hold text"
+        paths = [source.path for source in sources]
+        shown = ", ".join(paths[:FIRST_NAMED]) + (" and others" if len(paths) > FIRST_NAMED else "")
+        why = (
+            f"all {bad_records:,} records were skipped, the first because of {first_bad[0]}"
+            if bad_records
+            else "no documents"
         )
+        raise InputError(f"{shown}: {why}; give files that hold text")
+    _tell_skipped(bad_records, first_bad)
     manifest = Manifest(
         tokenizer_kind=tokenizer.kind,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         documents=documents,
         empty_documents=empty_documents,
+        skipped_records=bad_records,
         tokens=tokens,
         text_bytes=text_bytes,
         unigram_entropy_nats=entropy_nats(counts),
@@ -159,6 +184,14 @@ def _write(prefix: Path, encoder: Encoder, parts: Iterator[Encoded], sources: li
     )
     write_manifest(manifest_path(prefix), manifest)
     return manifest
+
+
+def _tell_skipped(count: int, first: Sequence[str]) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    for problem in first:
+        console.print(f"skipped {problem}")
+    if count > len(first):
+        console.print(f"skipped {count - len(first):,} more bad records, {count:,} in all")
 
 
 def _publish(staged: Path, prefix: Path) -> None:

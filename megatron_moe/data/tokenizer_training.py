@@ -13,7 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.data.documents import InputFile, texts
+from megatron_moe.data.documents import BadRecords, stop, texts
+from megatron_moe.data.inputs import open_input
 from megatron_moe.data.staging import staging, sync_folder
 
 TRAINING_BYTES = 256 << 20
@@ -37,6 +38,7 @@ class Corpus:
 
     inputs: Sequence[str]
     json_key: str = "text"
+    bad_records: BadRecords = "error"
 
 
 def train_sentencepiece(inputs: Sequence[str], vocab_size: int, output: Path, json_key: str = "text") -> None:
@@ -132,18 +134,23 @@ def _sentences(corpora: Sequence[Corpus]) -> Iterator[str]:
     share = TRAINING_BYTES // sum(len(corpus.inputs) for corpus in corpora)
     for corpus in corpora:
         for path in corpus.inputs:
-            yield from _beginning(path, corpus.json_key, share)
+            yield from _beginning(path, corpus, share)
 
 
-def _beginning(path: str, json_key: str, at_most_bytes: int) -> Iterator[str]:
+def _beginning(path: str, corpus: Corpus, at_most_bytes: int) -> Iterator[str]:
+    complain = stop if corpus.bad_records == "error" else _pass_over
     left = at_most_bytes
-    with contextlib.closing(InputFile(path)) as file:
-        for chunk in file.chunks("line", may_split=True):
-            for text in texts(chunk, json_key):
+    with contextlib.closing(open_input(path, corpus.json_key)) as file:
+        for chunk in file.chunks("line", "behind newlines"):
+            for text in texts(chunk, corpus.json_key, complain):
                 yield from _pieces(text)
             left -= len(chunk.payload)
             if left <= 0:
                 break
+
+
+def _pass_over(problem: str) -> None:
+    """Whoever makes the token files will tell."""
 
 
 def _pieces(text: str) -> Iterator[str]:

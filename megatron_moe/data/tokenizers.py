@@ -1,18 +1,24 @@
-"""Text to token ids and back: raw UTF-8 bytes, or a sentencepiece model.
+"""Text to token ids and back.
 
-No torch and no sentencepiece at import, so that the worker processes of `data.preprocess` start quickly.
+Here raw UTF-8 bytes, and sentencepiece models; `data.huggingface` and `data.tiktoken_ranks` have the others.
+No torch, and no library of a tokenizer at import, so that the worker processes of `data.preprocess` start
+quickly.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
+from megatron_moe.config.tokenizer_files import BYTES_VOCAB_SIZE, sentencepiece_model
+from megatron_moe.data.cutting import Cuts
 
 SPACE = "\u2581"
 """What sentencepiece writes for a space inside its pieces."""
@@ -24,18 +30,20 @@ class Tokenizer(Protocol):
     """How text becomes token ids."""
 
     kind: str
-    """`bytes` or `sentencepiece`."""
+    """As in data.tokenizer.kind."""
     vocab_size: int
-    """Ids are 0 .. vocab_size - 1."""
+    """Ids are below; not each of them has to be a token."""
     eod: int
     """The id that ends a document."""
     sha256: str
-    """Of the model file's bytes: token files and checkpoints carry it."""
-    lines_are_independent: bool
-    """encode(a + b) == encode(a) + encode(b) wherever a ends with a newline: a document may be encoded in
-    parts."""
+    """Of all that decides which ids a text has: token files and checkpoints carry it."""
+    cuts: Cuts
+    """Where a document may be cut and encoded in parts."""
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_many(self, texts: Sequence[str]) -> Sequence[Sequence[int] | NDArray[Any]]:
+        """The ids of each text: what is fastest for many of them."""
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -44,13 +52,16 @@ class BytesTokenizer:
     """UTF-8 bytes as they are: ids 0-255, and 256 ends a document."""
 
     kind = "bytes"
-    vocab_size = 257
+    vocab_size = BYTES_VOCAB_SIZE
     eod = 256
     sha256 = hashlib.sha256(b"megatron_moe: UTF-8 bytes, 256 ends a document").hexdigest()
-    lines_are_independent = True
+    cuts: Cuts = "behind newlines"
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish, and bytes that are no UTF-8 become U+FFFD."""
@@ -58,49 +69,64 @@ class BytesTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model, made here or by anybody else, whose end-of-sentence piece ends a document."""
+    """A sentencepiece model, made here or by anybody else, one of whose pieces ends a document."""
 
     kind = "sentencepiece"
 
-    def __init__(self, path: str | Path) -> None:
-        """Read the model file. InputError if it cannot be read, is no sentencepiece model or has no
-        end-of-sentence piece."""
-        try:
-            model = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: cannot read the sentencepiece model: {error.strerror}") from None
-        self._processor = _processor(path, model)
-        self.sha256 = hashlib.sha256(model).hexdigest()
+    def __init__(self, path: str | Path, eod: str | None = None) -> None:
+        """Read the model file. `eod`: the piece that ends a document, by default its end-of-sentence piece.
+
+        InputError if it cannot be read, is no sentencepiece model or has no such piece.
+        """
+        model, self._processor = sentencepiece_model(path)
         self.vocab_size = int(self._processor.vocab_size())
-        self.eod = int(self._processor.eos_id())
-        if self.eod < 0:
-            raise InputError(
-                f"{path}: this sentencepiece model has no end-of-sentence piece to end documents with; "
-                "take one that was trained with an eos_id"
-            )
+        self.eod = self._end_of_document(path, eod)
+        # The model alone decides the ids, unless its own end is not the one that is taken.
+        own_end = self.eod == self._processor.eos_id()
+        self.sha256 = hashlib.sha256(model if own_end else model + b"\0" + str(eod).encode()).hexdigest()
         # Sentencepiece reads the character that it writes spaces with as a space; its bytes keep it what it
         # is.
         space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_ids = space_bytes if all(map(self._processor.is_byte, space_bytes)) else []
-        self.lines_are_independent = self._keeps_lines_apart()
+        self.cuts: Cuts = "behind newlines" if self._keeps_lines_apart() else "nowhere"
 
     def encode(self, text: str) -> list[int]:
         # Line by line where that gives the same ids: sentencepiece's time grows faster than a text's length.
-        parts = split_lines(text) if self.lines_are_independent else [text]
-        return [token for part in parts for token in self._encode_part(part)]
+        lines = [text] if self.cuts == "nowhere" else split_lines(text)
+        return list(chain.from_iterable(self._encode_parts(lines)))
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish."""
-        return str(self._processor.decode(ids))
+        return str(self._processor.decode([token for token in ids if token != self.eod]))
 
-    def _encode_part(self, text: str) -> list[int]:
-        if not self._space_ids or SPACE not in text:
-            return list(self._processor.encode(text))
+    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
+        if not self._space_ids or not any(SPACE in part for part in parts):
+            return list(self._processor.encode(parts, num_threads=1))
+        return [self._encode_spaces(part) for part in parts]
+
+    def _encode_spaces(self, text: str) -> list[int]:
         first, *others = text.split(SPACE)
         ids = list(self._processor.encode(first))
         for other in others:
             ids += self._space_ids + self._processor.encode(other)
         return ids
+
+    def _end_of_document(self, path: str | Path, eod: str | None) -> int:
+        model = self._processor
+        if eod is not None:
+            piece = int(model.piece_to_id(eod))
+            if model.id_to_piece(piece) != eod:
+                raise InputError(f"eod: {path} has no piece '{eod}'; leave it out to take its own end")
+            return piece
+        if model.eos_id() < 0:
+            raise InputError(
+                f"eod: {path} has no end-of-sentence piece to end documents with; name one of its pieces, or "
+                "take a model that was trained with an eos_id"
+            )
+        return int(model.eos_id())
 
     def _keeps_lines_apart(self) -> bool:
         """Whether nothing in the model reaches across a newline: BPE, no normalisation, no piece that holds a
@@ -124,24 +150,22 @@ def split_lines(text: str) -> list[str]:
     return lines
 
 
-def load_tokenizer(kind: str, model: str | Path | None) -> Tokenizer:
-    """The tokenizer of `kind`. `model`: the sentencepiece model file. InputError if it is missing or
-    wrong."""
+def load_tokenizer(
+    kind: str, model: str | Path | None, eod: str | None = None, pattern: str | None = None
+) -> Tokenizer:
+    """The tokenizer of `kind`. `model`: its file, or for huggingface also its folder; `eod` and `pattern` as
+    in data.tokenizer. InputError if it is missing or wrong, or if a package is missing; one about eod or
+    pattern begins with that name."""
     if kind == "bytes":
         return BytesTokenizer()
     if model is None:
-        raise InputError("a sentencepiece tokenizer needs its model file")
-    return SentencePieceTokenizer(model)
+        raise InputError(f"a tokenizer of kind {kind} needs its file")
+    if kind == "huggingface":
+        from megatron_moe.data.huggingface import HuggingFaceTokenizer
 
+        return HuggingFaceTokenizer(model, eod)
+    if kind == "tiktoken":
+        from megatron_moe.data.tiktoken_ranks import TiktokenTokenizer
 
-def _processor(path: str | Path, model: bytes) -> SentencePieceProcessor:
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        # An empty file parses as a model without pieces, which later calls only complain about on stderr.
-        if model and processor.LoadFromSerializedProto(model):
-            return processor
-    except RuntimeError:
-        pass
-    raise InputError(f"{path}: not a sentencepiece model, or a damaged one ({len(model):,} bytes)")
+        return TiktokenTokenizer(model, eod, pattern)
+    return SentencePieceTokenizer(model, eod)

@@ -132,9 +132,11 @@ def test_the_vocabulary_follows_the_tokenizer(tmp_path: Path) -> None:
     assert loaded(tmp_path, text, f"{tokenizer}.model={tmp_path}/spm.model").experiment.model.vocab_size == 30
     assert loaded(tmp_path, text, "model.vocab_size=77").experiment.model.vocab_size == 77
     (line,) = problems(tmp_path, text, [f"{tokenizer}.model={corpus}"])
-    assert "is not a sentencepiece model" in line
+    assert "gives no model.vocab_size: not a sentencepiece model" in line
     (line,) = problems(tmp_path, text, [f"{tokenizer}.model={tmp_path}/none.model"])
-    assert "there is no such file" in line
+    assert "gives no model.vocab_size: cannot read the sentencepiece model: No such file" in line
+    (line,) = problems(tmp_path, text, [f"{tokenizer}.model={tmp_path}"])
+    assert "is a folder; name the file of the sentencepiece model in it" in line and "spm.model" in line
     (line,) = problems(tmp_path, text)
     assert line.startswith("experiment.yaml:2: model.vocab_size: is not set and no tokenizer gives it")
 

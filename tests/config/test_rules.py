@@ -9,6 +9,8 @@ from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from experiment_files import DENSE, MOE, problems
 from optimizer_rule_cases import OPTIMIZER_CASES
+from sink_rule_cases import SINK_CASES
+from tokenizer_rule_cases import TOKENIZER_CASES
 
 from megatron_moe.config.rules import RULES
 
@@ -281,14 +283,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     ),
     (
         "tokenizer_said_once",
-        DENSE,
-        ["data.tokenizer.vocab_size=9"],
-        ["data.tokenizer.vocab_size=null"],
-        "data.tokenizer.vocab_size",
-        "is not used with data.tokenizer.kind",
-    ),
-    (
-        "tokenizer_said_once",
         PREPARED,
         ["data.tokenizer={model: /m, vocab_size: 9}"],
         ["data.tokenizer.model=null"],
@@ -321,7 +315,9 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     ),
     *DATA_CASES,
     *OPTIMIZER_CASES,
+    *TOKENIZER_CASES,
     *DEVICE_CASES,
+    *SINK_CASES,
 ]
 
 

@@ -23,6 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.data import documents
+from megatron_moe.data import inputs as inputs_module
 from megatron_moe.data.indexed import open_token_files
 from megatron_moe.data.manifest import manifest_path, read_manifest
 from megatron_moe.data.preprocess import preprocess
@@ -109,7 +110,7 @@ def test_documents_do_not_depend_on_how_a_file_is_cut(
     inputs = [write_text(folder / "x.txt", "head\n\n" + text), write_text(folder / "y.txt.gz", text + "tail")]
     preprocess(inputs, folder / "whole", BYTES, documents=unit)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(inputs_module, "CHUNK_BYTES", chunk_bytes)
         preprocess(inputs, folder / "cut", BYTES, documents=unit)
     assert file_bytes(folder / "cut") == file_bytes(folder / "whole")
 
@@ -117,7 +118,7 @@ def test_documents_do_not_depend_on_how_a_file_is_cut(
 def test_the_result_does_not_depend_on_the_workers(
     tmp_path: Path, pieces: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(inputs_module, "CHUNK_BYTES", 3000)
     text = SHAKESPEARE.read_text()[:60_000]
     inputs = [write_text(tmp_path / "x.txt.gz", text), write_jsonl(tmp_path / "y.jsonl", text.split("\n\n"))]
     manifests = [
@@ -186,7 +187,7 @@ def test_a_bad_input_is_named_and_leaves_nothing(tmp_path: Path, name: str, plac
 
 
 def test_a_bad_line_is_named_by_a_worker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(inputs_module, "CHUNK_BYTES", 100)
     lines = [GOOD] * 500
     lines[250] = '{"text": 1}\n'
     lines[400] = '{"text": 2}\n'

@@ -67,7 +67,7 @@ def test_encoding_line_by_line_gives_sentencepieces_own_ids(
     model: Path, trained: SentencePieceTokenizer
 ) -> None:
     text = SHAKESPEARE.read_text()[:50_000] + "  \n\n \n\ttab\n  "
-    assert trained.lines_are_independent
+    assert trained.cuts == "behind newlines"
     assert trained.encode(text) == sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)
 
 
@@ -144,9 +144,10 @@ def test_wrong_model_files_are_input_errors(
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"wrong\.model: not a sentencepiece model"):
             load_tokenizer("sentencepiece", path)
-    for path in (tmp_path / "missing.model", tmp_path):
-        with pytest.raises(InputError, match="cannot read the sentencepiece model"):
-            load_tokenizer("sentencepiece", path)
+    with pytest.raises(InputError, match=r"missing\.model: cannot read the sentencepiece model"):
+        load_tokenizer("sentencepiece", tmp_path / "missing.model")
+    with pytest.raises(InputError, match=r"is a folder; name the file .* for example .*wrong\.model"):
+        load_tokenizer("sentencepiece", tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
@@ -172,4 +173,4 @@ def test_other_peoples_models_encode_as_sentencepiece_does(
     tokenizer = SentencePieceTokenizer(path)
     text = "  First line\n\nsecond   line \n third"
     assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
-    assert not tokenizer.lines_are_independent
+    assert tokenizer.cuts == "nowhere"

@@ -1,0 +1,109 @@
+"""Names of raw text: which types of file there are, and which files a folder or a glob stands for."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+
+from megatron_moe.config.errors import InputError
+
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+"""How the names of files end that can be read."""
+
+_SHOWN = ".txt, .jsonl (both also with .gz or .zst behind it) or .parquet"
+
+
+def suffix_of(path: str) -> str:
+    """The ending of SUFFIXES that `path` has, in lower case; empty if it has none."""
+    name = path.lower()
+    return max((suffix for suffix in SUFFIXES if name.endswith(suffix)), key=len, default="")
+
+
+def unknown_type(path: str) -> str:
+    """The mistake of a file whose name says no type."""
+    return f"{path}: unknown type of input; its name has to end in {_SHOWN}"
+
+
+def expand(inputs: Sequence[str]) -> list[str]:
+    """The files that `inputs` stand for, in this order: files as they are, folders and globs as the files of
+    known types in them, sorted by path.
+
+    A folder is taken with all folders below it; what is hidden (its name begins with a dot) is left out. A
+    name that exists is no glob, whatever characters it has. InputError, with one line for each, for folders
+    and globs without a file, and for a file that two entries stand for where one of them is a folder or glob.
+    """
+    found = [(entry, files_of(entry)) for entry in inputs]
+    problems = [nothing_in(entry) for entry, files in found if not files] + named_twice(inputs)
+    if problems:
+        raise InputError(*problems)
+    return [path for _, files in found for path in files]
+
+
+def named_twice(inputs: Sequence[str]) -> list[str]:
+    """One mistake for each pair of entries, one of them a folder or a glob, that stand for the same file."""
+    owners: dict[str, str] = {}
+    problems = {}
+    for entry in inputs:
+        for path in files_of(entry):
+            other = owners.setdefault(path, entry)
+            if other != entry:
+                text = f"{path}: both {other} and {entry} stand for it; leave one of them out"
+                problems.setdefault((other, entry), text)
+    return list(problems.values())
+
+
+def files_of(entry: str) -> list[str]:
+    """The files that one input stands for; empty for a folder or a glob without any."""
+    if os.path.isdir(entry):
+        return sorted(_below(entry, frozenset()))
+    if not is_glob(entry):
+        return [entry]
+    paths = glob.iglob(_with_literal_beginning(entry), recursive=True)
+    return sorted(path for path in paths if suffix_of(path) and not os.path.isdir(path))
+
+
+def nothing_in(entry: str) -> str:
+    """The mistake of a folder or a glob that stands for no file."""
+    remedy = f"names have to end in {_SHOWN}"
+    if os.path.isdir(entry):
+        return f"{entry}: no file in this folder, or below it, has a known type; {remedy}"
+    others = glob.glob(_with_literal_beginning(entry), recursive=True)
+    found = f"no file of a known type, only others such as {min(others)}" if others else "no file"
+    return f"{entry}: this glob matches {found}; {remedy}"
+
+
+def is_glob(entry: str) -> bool:
+    """Whether an input is a pattern and not the name of something that exists, or could."""
+    return glob.has_magic(entry) and not os.path.lexists(entry)
+
+
+def _below(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """The files of known types in a folder and its folders, links to folders included."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot read the folder: {error.strerror}") from None
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            yield from _below(path, above | {real})
+        elif suffix_of(name):
+            yield path
+
+
+def _with_literal_beginning(pattern: str) -> str:
+    """The pattern with those of its first parts escaped that exist as they are: in /data[1]/*.txt, the
+    folder."""
+    head, tail = "", pattern
+    while tail:
+        part, slash, rest = tail.partition("/")
+        if part and not os.path.lexists(head + part):
+            break
+        head, tail = head + part + slash, rest
+    return glob.escape(head) + tail

@@ -1,0 +1,161 @@
+"""Hugging Face's fast tokenizers: what a tokenizer.json says, by their own library (without transformers)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.errors import InputError
+from megatron_moe.config.tokenizer_files import read_tokenizer_json, tokenizer_json
+from megatron_moe.data.cutting import Cuts, parts
+from megatron_moe.data.packed import optional
+from megatron_moe.data.word_patterns import END_AT_BLANKS
+
+# One thread a process: worker processes are what works at once. The library reads it when it first encodes.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_PART_CHARACTERS = 1 << 16
+"""An encoding takes 100 bytes and more a token until its ids are taken out."""
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json. No special tokens are added; those that a text spells become what they are there, as
+    by default in the library."""
+
+    kind = "huggingface"
+
+    def __init__(self, path: str | Path, eod: str | None = None) -> None:
+        """Read the file, or the one in the folder `path`.
+
+        Args:
+            eod: the token that ends a document; by default what the files beside the tokenizer.json name as
+                end of text.
+
+        InputError for what is no tokenizer, and without such a token.
+        """
+        file = tokenizer_json(path)
+        content, description = read_tokenizer_json(path)
+        self._tokenizer = _loaded(file, content)
+        if description["model"].get("dropout"):
+            raise InputError(
+                f"{file}: leaves out merges at random (model.dropout), so that a text has no fixed ids; set "
+                "it to null there"
+            )
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        name = eod if eod is not None else _end_of_text(file, vocabulary)
+        if name is None:
+            raise InputError(
+                f"eod: needed, as nothing beside {file} names its end of text; {_candidates(description)}"
+            )
+        if name not in vocabulary:
+            source = "" if eod else ", which a file beside it calls the end of text"
+            raise InputError(f"eod: {file} has no token '{name}'{source}; {_candidates(description)}")
+        self.eod = vocabulary[name]
+        self.sha256 = hashlib.sha256(content + b"\0" + name.encode()).hexdigest()
+        self.cuts: Cuts = "behind words" if _ends_words_at_blanks(description) else "nowhere"
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        pieces = [list(parts(text, self.cuts, _PART_CHARACTERS)) for text in texts]
+        encodings = iter(
+            self._tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False)
+        )
+        ids = [[next(encodings).ids for _ in document] for document in pieces]
+        return [found[0] if len(found) == 1 else list(chain.from_iterable(found)) for found in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; ends of documents vanish."""
+        text = self._tokenizer.decode(
+            [token for token in ids if token != self.eod], skip_special_tokens=False
+        )
+        return str(text)
+
+
+def _loaded(file: Path, content: bytes) -> Any:
+    library = optional("tokenizers", "huggingface", str(file))
+    try:
+        tokenizer = library.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(
+            f"{file}: not a tokenizer.json that tokenizers {library.__version__} can read: {error}"
+        ) from None
+    # A tokenizer.json may say to cut texts off, or to fill them up: both are for inference.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _end_of_text(file: Path, vocabulary: Mapping[str, int]) -> str | None:
+    """The end of text that the files beside a tokenizer.json name."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _read(file.with_name(name)).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            return token
+    ids = _read(file.with_name("generation_config.json")).get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return next((token for token, number in vocabulary.items() if number == first), None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot read the end of text from it: {error}") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _candidates(description: Mapping[str, Any]) -> str:
+    """What the user could name as end of a document."""
+    special = [token["content"] for token in description.get("added_tokens") or [] if token.get("special")]
+    likely = [token for token in special if re.search(r"end|eos|/s|sep", token, re.IGNORECASE)]
+    if shown := (likely or special)[:5]:
+        return f"special tokens that it has: {', '.join(shown)}"
+    return "it has no special tokens; name another one of its tokens"
+
+
+def _ends_words_at_blanks(description: Mapping[str, Any]) -> bool:
+    """Whether words are cut out by expressions that are known to end one before a blank, and nothing else in
+    the tokenizer sees further than a word."""
+    added = description.get("added_tokens") or []
+    return (
+        description["model"].get("type") == "BPE"
+        and all(part.get("type") == "NFC" for part in _flat(description.get("normalizer"), "normalizers"))
+        and not any(token.get("rstrip") or re.search(r"\s", token["content"]) for token in added)
+        and _cuts_words([*_flat(description.get("pre_tokenizer"), "pretokenizers")])
+    )
+
+
+def _cuts_words(steps: Sequence[Mapping[str, Any]]) -> bool:
+    patterns = 0
+    for step in steps:
+        kind = step.get("type")
+        if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+            patterns += bool(step.get("use_regex", True))
+        elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            if (step.get("pattern") or {}).get("Regex") not in END_AT_BLANKS:
+                return False
+            patterns += 1
+        elif kind != "Digits":
+            return False
+    return patterns > 0
+
+
+def _flat(part: Mapping[str, Any] | None, inside: str) -> list[Mapping[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer that may be a sequence of others."""
+    if part is None:
+        return []
+    if part.get("type") != "Sequence":
+        return [part]
+    return [step for inner in part.get(inside) or [] for step in _flat(inner, inside)]
