@@ -7,83 +7,18 @@ from typing import Any
 
 import pytest
 import verify_on_ranks as on_ranks
-from distributed import ranks
 from experiments import MOE, experiment, layout
+from layout_cases import LAYOUTS, SECOND_PAIR, verify
 
-from megatron_moe.plan import plan
 from megatron_moe.training.verify import without_draws
-from megatron_moe.training.verify_report import Report
-
-TIED = {"untie_embeddings_and_output_weights": False}
-UNEVEN = {"pipeline": {"layers_per_stage": [3, 1]}, "recompute": {"layers_per_stage": [2, 0]}}
 
 
-def verify(
-    folder: Path,
-    parallel: dict[str, Any],
-    steps: int = 1,
-    fault: on_ranks.Change | None = None,
-    padded: bool = False,
-    **sections: Any,
-) -> Report:
-    """Both parts, as the command runs them."""
-    of_layout = {key: sections.pop(key) for key in ("pipeline", "recompute") if key in sections}
-    under_layout = experiment(parallel=parallel, **of_layout, **sections)
-    alone = experiment(parallel=layout(dp=1, expert_model_parallel_size=1), **sections)
-    change = on_ranks.pad if padded else fault
-    pool = ranks(plan.make(under_layout).layout.world_size)
-    pool.run(on_ranks.layout_part, under_layout, steps, folder, change)
-    (report,) = ranks(1).run(
-        on_ranks.reference_part, alone, steps, folder, None, on_ranks.pad if padded else None
-    )
-    return report
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2 dense": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
-    "TP2 SP dense": {"moe": None, "parallel": layout(tp=2)},
-    "PP2": {"parallel": layout(pp=2)},
-    "PP2 uneven": {"parallel": layout(pp=2), **UNEVEN},
-    "PP2 VPP2": {"parallel": layout(pp=2, vpp=2)},
-    "PP2 DP2 tied embeddings": {"parallel": layout(pp=2, dp=2), "model": TIED},
-    "PP2 EP2, no experts in the last stage": {
-        "parallel": layout(pp=2, dp=2, expert_model_parallel_size=2),
-        "moe": {**MOE, "moe_layer_freq": [1, 1, 0, 0]},
-    },
-    "DP2": {"parallel": layout(dp=2)},
-    "EP2": {"parallel": layout(dp=2, expert_model_parallel_size=2)},
-    "TP2 EP1": {"parallel": layout(tp=2, expert_model_parallel_size=1)},
-    "ETP2": {"parallel": layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2)},
-    "TP2 DP2 EP4": {"parallel": layout(tp=2, dp=2, expert_model_parallel_size=4)},
-    "EDP, shared experts, allgather": {
-        "parallel": layout(tp=2),
-        "moe": {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "allgather"},
-    },
-    "EDP with drops": {"parallel": layout(tp=2), "moe": {**MOE, "moe_expert_capacity_factor": 1.0}},
-    "EP2 with drops": {
-        "parallel": layout(dp=2, expert_model_parallel_size=2),
-        "moe": {**MOE, "moe_expert_capacity_factor": 1.0},
-    },
-    "TP2 with norms of queries and keys": {
-        "parallel": layout(tp=2, sequence_parallel=False),
-        "moe": None,
-        "model": {"megatron_core": {"qk_layernorm": True}},
-    },
-    "TP2 PP2 LayerNorm, gelu, learned positions": {
-        "parallel": layout(tp=2, pp=2),
-        "model": {
-            "normalization": "LayerNorm",
-            "activation": "gelu",
-            "position_embedding_type": "learned_absolute",
-        },
-    },
-}
-
-
-@pytest.mark.parametrize("sections", LAYOUTS.values(), ids=LAYOUTS)
-def test_layout_computes_what_one_process_computes(tmp_path: Path, sections: dict[str, Any]) -> None:
-    report = verify(tmp_path, **sections)
-    assert report.failures == []
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.second_pair if name in SECOND_PAIR else ()) for name in LAYOUTS],
+)
+def test_layout_computes_what_one_process_computes(tmp_path: Path, name: str) -> None:
+    assert verify(tmp_path, **LAYOUTS[name]).failures == []
 
 
 @pytest.mark.second_pair

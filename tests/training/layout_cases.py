@@ -1,0 +1,138 @@
+"""The layouts that `verify` must pass, each on a tiny model: one table for the tests and for `make verify`.
+
+A case is the sections of an experiment (tests/experiments.py). Options of the model ride along with layouts
+that put them to the test.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import verify_on_ranks as on_ranks
+from distributed import ranks
+from experiments import MOE, experiment, layout
+
+from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.layout import Layout
+from megatron_moe.training.verify_report import Report
+
+Sections = dict[str, Any]
+
+TIED = {"untie_embeddings_and_output_weights": False}
+BIASES = {"megatron_core": {"add_bias_linear": True}}
+BOTH_KINDS = {**MOE, "moe_layer_freq": [1, 1, 0, 0]}
+ETP2 = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2}
+EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
+
+
+def stages(text: str) -> Sections:
+    """A layout string."""
+    return {"pipeline": {"layers_per_stage": text}}
+
+
+LAYOUTS: dict[str, Sections] = {
+    # two ranks
+    "DP2": {"parallel": layout(dp=2)},
+    "TP2 dense, no SP": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
+    "TP2 dense": {"moe": None, "parallel": layout(tp=2)},
+    "TP2 QK norm": {
+        "moe": None,
+        "parallel": layout(tp=2, sequence_parallel=False),
+        "model": {"megatron_core": {"qk_layernorm": True}},
+    },
+    "TP2 EP1": {"parallel": layout(tp=2, expert_model_parallel_size=1)},
+    "EP2": {"parallel": layout(dp=2, **EP2)},
+    "EP2 drops": {"parallel": layout(dp=2, **EP2), "moe": {**MOE, "moe_expert_capacity_factor": 1.0}},
+    "EDP drops": {"parallel": layout(tp=2), "moe": {**MOE, "moe_expert_capacity_factor": 1.0}},
+    "EDP shared experts, allgather": {
+        "parallel": layout(tp=2),
+        "moe": {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "allgather"},
+    },
+    "EDP biases, both kinds of layers": {
+        "parallel": layout(tp=2),
+        "model": BIASES,
+        "moe": {**MOE, "moe_layer_freq": 2},
+    },
+    "EDP kv_channels, QKV bias": {
+        "parallel": layout(tp=2),
+        "model": {"kv_channels": 12, "megatron_core": {"add_qkv_bias": True, "qk_layernorm": True}},
+    },
+    "ETP2": {"parallel": layout(tp=2, **ETP2)},
+    "ETP2 biases": {"parallel": layout(tp=2, **ETP2), "model": BIASES},
+    "ETP2 over DP2": {"parallel": layout(dp=2, **ETP2)},
+    "CP2 one key head": {"parallel": layout(cp=2), "model": {"num_query_groups": 1}},
+    "CP2 drops the last": {
+        "parallel": layout(cp=2),
+        "moe": {**MOE, "moe_expert_capacity_factor": 1.0, "moe_token_drop_policy": "position"},
+    },
+    "PP2": {"parallel": layout(pp=2)},
+    "PP2 uneven, recompute": {
+        "parallel": layout(pp=2),
+        "pipeline": {"layers_per_stage": [3, 1]},
+        "recompute": {"layers_per_stage": [2, 0]},
+    },
+    "PP2 embedding alone": {"parallel": layout(pp=2), **stages("E|t*4,L")},
+    "PP2 VPP2": {"parallel": layout(pp=2, vpp=2)},
+    "PP2 VPP2 uneven": {"parallel": layout(pp=2), **stages("Et|t|tt|L")},
+    # four ranks
+    "TP2 CP2 EP2": {"parallel": layout(tp=2, cp=2, **EP2)},
+    "TP2 CP2 EP4 drops": {
+        "parallel": layout(tp=2, cp=2, **EP4),
+        "moe": {**MOE, "moe_expert_capacity_factor": 0.8},
+    },
+    "TP2 DP2 EP4": {"parallel": layout(tp=2, dp=2, **EP4)},
+    "TP2 DP2 ETP2 EP2": {
+        "parallel": layout(tp=2, dp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
+    },
+    "TP4, two key heads": {"parallel": layout(tp=4)},
+    "CP2 DP2 EP2 biases": {"parallel": layout(cp=2, dp=2, **EP2), "model": BIASES},
+    "PP2 DP2 tied": {"parallel": layout(pp=2, dp=2), "model": TIED},
+    "PP2 EP2, a stage without experts": {"parallel": layout(pp=2, dp=2, **EP2), "moe": BOTH_KINDS},
+    "PP2 VPP2 EP2 tied, chunks without experts": {
+        "parallel": layout(pp=2, dp=2, **EP2),
+        "model": TIED,
+        "moe": BOTH_KINDS,
+        **stages("E|tt|t|tL"),
+    },
+    "TP2 PP2 LayerNorm, gelu, learned positions": {
+        "parallel": layout(tp=2, pp=2),
+        "model": {
+            "normalization": "LayerNorm",
+            "activation": "gelu",
+            "position_embedding_type": "learned_absolute",
+        },
+    },
+    "TP2 PP2 VPP2": {"parallel": layout(tp=2, pp=2, vpp=2)},
+    "PP4 tied": {"parallel": layout(pp=4), "model": TIED},
+    "PP4 embedding and loss alone": {"parallel": layout(pp=4), **stages("E|(tt|)*2,L")},
+}
+
+SECOND_PAIR = ("ETP2 biases", "PP2 VPP2 uneven", "TP2 CP2 EP2", "PP4 tied")
+"""Those that the tests run on the second version pair too; `make verify` there runs all."""
+
+
+def experiment_of(sections: Sections) -> Experiment:
+    """The case's experiment, filled."""
+    return experiment(**sections)
+
+
+def verify(
+    folder: Path,
+    parallel: Sections,
+    steps: int = 1,
+    fault: on_ranks.Change | None = None,
+    padded: bool = False,
+    **sections: Any,
+) -> Report:
+    """Both parts, as the command runs them: the layout's ranks, then one process."""
+    under_layout = experiment(parallel=parallel, **sections)
+    of_model = {key: value for key, value in sections.items() if key not in ("pipeline", "recompute")}
+    alone = experiment(parallel=layout(dp=1, expert_model_parallel_size=1), **of_model)
+    change = on_ranks.pad if padded else fault
+    pool = ranks(Layout.of(under_layout).world_size)
+    pool.run(on_ranks.layout_part, under_layout, steps, folder, change)
+    (report,) = ranks(1).run(
+        on_ranks.reference_part, alone, steps, folder, None, on_ranks.pad if padded else None
+    )
+    return report
