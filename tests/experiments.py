@@ -28,6 +28,8 @@ def experiment(moe: dict[str, Any] | None = MOE, **sections: Any) -> Experiment:
         "data": {"kind": "mock"},
         "optimizer": {"lr": 1e-2},
         "training": {**TRAINING, **sections.pop("training", {})},
+        # A picture takes half a second of every run that is trained to its end.
+        "logging": {"curves": False, **sections.pop("logging", {})},
         **sections,
     }
     return fill(Experiment.model_validate(merged))

@@ -35,7 +35,7 @@ _INK, _GREY, _GRID = "#22262b", "#6b7280", "#e5e7eb"
 # Okabe and Ito's colours: they stay apart for every eye, and as greys.
 _LOSS, _HELD_OUT, _RATE, _DROP, _SKIPPED = "#0072b2", "#d55e00", "#4b5563", "#009e73", "#b91c1c"
 _OWN_RATES = {"lr/embedding": "#cc79a7", "lr/experts": "#009e73"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.color": _INK,
@@ -63,7 +63,7 @@ def draw(metrics: Path, picture: Path, name: str) -> None:
     """Draw the curves of a metrics.jsonl into a PNG file, which is there whole or not at all."""
     steps = read(metrics)
     with rc_context({**rcParamsDefault, **_STYLE}):
-        figure = _figure(steps, name)
+        figure = figure_of(steps, name)
         aside = picture.with_name(f".{picture.name}.part")
         FigureCanvasAgg(figure).print_png(str(aside))
     os.replace(aside, picture)
@@ -87,7 +87,8 @@ def _number(value: Any) -> float:
     return 1.0 if isinstance(value, str) else math.nan if value is None else float(value)
 
 
-def _figure(steps: Columns, name: str) -> Figure:
+def figure_of(steps: Columns, name: str) -> Figure:
+    """One panel a subject, over the same iterations."""
     drops = next((key for key in ("moe/would_drop_rate", "moe/drop_rate") if _has(steps, key)), None)
     heights = [3.2, 1.3] + ([1.3] if drops else [])
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.1, hspace=0.03)

@@ -36,8 +36,10 @@ class Sink:
 
     key: ClassVar[str]
     """The key that switches it on; names it to the user."""
-    patience_s: ClassVar[float] = 10.0
+    patience_s: float = 10.0
     """What the end of a run waits for the sink at most."""
+    news: str | None = None
+    """Set by the sink to what the user should hear once, such as an address."""
 
     def open(self, iteration: int) -> None:
         """Get ready for the steps behind `iteration`; what is there of them already is to be replaced."""
@@ -76,6 +78,7 @@ class Feed(Callback):
                 self.records.put_nowait(record)
             except queue.Full:
                 self.trouble = f"it is {_WAITING:,} steps behind"
+        self._pass_on_news()
         if self.trouble is not None:
             self._say_once(f"{self.trouble}. Training goes on without it.")
 
@@ -93,10 +96,16 @@ class Feed(Callback):
                 self.trouble = f"it is {_WAITING:,} steps behind"
             else:
                 self.thread.join(patience_s)
+        self._pass_on_news()
         if self.thread.is_alive():
             self._say_once(f"{self.sink.abandon()}.")
         elif self.trouble is not None:
             self._say_once(f"{self.trouble}.")
+
+    def _pass_on_news(self) -> None:
+        if self.sink.news is not None:
+            say([f"{self.sink.key}: {self.sink.news}"], self.log)
+            self.sink.news = None
 
     def _say_once(self, text: str) -> None:
         if not self.said:

@@ -15,9 +15,10 @@ _FLUSH_S = 10
 
 
 class TensorBoard(Sink):
-    """Scalars under the keys of metrics.jsonl, step = iteration; texts as text.
+    """Scalars under the keys of metrics.jsonl, step = iteration.
 
-    TensorBoard stores scalars in float32.
+    TensorBoard keeps them in float32. A text, such as `skipped`, becomes 1: its readers drop no texts of the
+    steps that are replaced.
     """
 
     key = "logging.tensorboard"
@@ -36,10 +37,8 @@ class TensorBoard(Sink):
         assert self.writer is not None
         step = int(values["iteration"])
         for key, value in values.items():
-            if isinstance(value, str):
-                self.writer.add_text(key, value, step)
-            elif key != "iteration":
-                self.writer.add_scalar(key, value, step)
+            if key != "iteration":
+                self.writer.add_scalar(key, 1.0 if isinstance(value, str) else value, step)
 
     def close(self, completed: bool) -> None:
         assert self.writer is not None

@@ -47,6 +47,8 @@ def serve(lines: Iterable[str]) -> None:
             x_save_requirements=False,
         ),
     )
+    known["url"] = run.url
+    _write(state, known)
     exit_code = 1
     for line in messages:
         message = json.loads(line)

@@ -62,6 +62,7 @@ class WeightsAndBiases(Sink):
         self.mode = mode
         self.process: subprocess.Popen[str] | None = None
         self.last_sent = 0
+        self.address: str | None = None
 
     def open(self, iteration: int) -> None:
         self._clear_temporary()
@@ -99,6 +100,7 @@ class WeightsAndBiases(Sink):
     def write(self, values: Values) -> None:
         self._send(values)
         self.last_sent = int(values["iteration"])
+        self._look_for_address()
 
     def close(self, completed: bool) -> None:
         self._send({"exit_code": 0 if completed else 1})
@@ -106,6 +108,7 @@ class WeightsAndBiases(Sink):
         self.process.stdin.close()
         if self.process.wait() != 0:
             raise self._failure()
+        self._look_for_address()
         self._clear_temporary()
 
     def abandon(self) -> str:
@@ -132,6 +135,11 @@ class WeightsAndBiases(Sink):
     def _clear_temporary(self) -> None:
         # A process that was killed may still be on its way out.
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _look_for_address(self) -> None:
+        """Tell where the run can be looked at, once it has begun."""
+        if self.mode == "online" and self.address is None:
+            self.address = self.news = json.loads(self._state.read_text()).get("url")
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self.process is not None and self.process.stdin is not None
