@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.defaults import nearest_multiples
+from megatron_moe.config.defaults import divisors_of, nearest_multiples
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import ETP, TP, Problems, divides, set_value
 from megatron_moe.config.schema import Experiment
@@ -16,11 +16,18 @@ def heads_over_tp(e: Experiment) -> Problems:
 
 
 def query_groups_over_tp(e: Experiment) -> Problems:
-    """Each TP rank holds whole key and value heads."""
-    groups = set_value(e.model.num_query_groups)
+    """Each TP rank holds whole key and value heads, or as many ranks share each head."""
+    groups, tp = set_value(e.model.num_query_groups), e.parallel.tensor_model_parallel_size
     if groups == e.model.num_attention_heads:  # heads_over_tp says it already
         return
-    yield from divides("model.num_query_groups", groups, TP, e.parallel.tensor_model_parallel_size)
+    key = "model.num_query_groups"
+    if groups % tp and tp % groups:
+        advice = f"use {nearest_multiples(groups, tp)}, or tensor_model_parallel_size {divisors_of(groups)}"
+        yield Problem((key, TP), f"is neither a multiple nor a divisor of {TP}", advice)
+    elif tp > groups and 2 * groups * set_value(e.model.kv_channels) % tp:
+        text = f"times 2 x {key} is not divisible by {TP}, whose ranks share keys and values"
+        advice = f"use a tensor_model_parallel_size of {divisors_of(groups)}"
+        yield Problem(("model.kv_channels", key, TP), text, advice)
 
 
 def heads_over_query_groups(e: Experiment) -> Problems:

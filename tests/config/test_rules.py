@@ -19,6 +19,9 @@ TP, PP, CP = P + "tensor_model_parallel_size", P + "pipeline_model_parallel_size
 EP, ETP, DP = P + "expert_model_parallel_size", P + "expert_tensor_parallel_size", P + "data_parallel_size"
 VPP, SP = P + "virtual_pipeline_model_parallel_size", P + "sequence_parallel"
 PREPARED = DENSE.replace("data: {kind: mock, tokenizer: {kind: bytes}}", "data: {prepare: {input: [x.txt]}}")
+BIASES = "model.megatron_core.add_bias_linear=true"
+NO_ROPE = ["model.position_embedding_type=none"]
+SIX_HEADS = ["model.num_attention_heads=6", "model.kv_channels=16", "model.ffn_hidden_size=96", f"{SP}=false"]
 
 CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     # rule, experiment, overrides that break it, and that repair it; key that is blamed, words of the message
@@ -41,10 +44,34 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     (
         "query_groups_over_tp",
         DENSE,
-        ["model.num_query_groups=2", f"{TP}=4"],
-        [f"{TP}=2"],
+        [*SIX_HEADS, "model.num_query_groups=2", f"{TP}=3"],
+        ["model.num_query_groups=3"],
         "model.num_query_groups",
-        "2 is not divisible by",
+        f"2 is neither a multiple nor a divisor of {TP} (3, override); use 3, or tensor_model_parallel_size 1",
+    ),
+    (
+        "query_groups_over_tp",
+        DENSE,
+        ["model.num_query_groups=1", "model.kv_channels=5", *NO_ROPE, f"{TP}=4"],
+        [f"{TP}=1"],
+        "model.kv_channels",
+        "5 times 2 x model.num_query_groups (1, override) is not divisible by",
+    ),
+    (
+        "biases_of_experts",
+        MOE,
+        [BIASES, "moe.moe_shared_expert_intermediate_size=32"],
+        ["moe.moe_shared_expert_intermediate_size=null"],
+        "model.megatron_core.add_bias_linear",
+        "Megatron-Core's shared experts have no biases",
+    ),
+    (
+        "biases_of_experts",
+        MOE,
+        [BIASES, "model.hidden_size=50", "model.kv_channels=16", f"{ETP}=4", "moe.moe_ffn_hidden_size=64"],
+        ["model.hidden_size=52"],
+        "model.hidden_size",
+        f"50 is not divisible by {ETP}",
     ),
     (
         "ffn_over_tp",
