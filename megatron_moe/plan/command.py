@@ -128,7 +128,7 @@ _STAGE_COLUMNS: dict[str, Callable[[Stage, StageCosts], str]] = {
     "layers": lambda stage, costs: number_list(stage.layers) or "none",
     "count": lambda stage, costs: str(len(stage.layers)),
     "MoE": lambda stage, costs: str(len(stage.moe_layers)),
-    "re-\ncomputed": lambda stage, costs: str(stage.recomputed),
+    "re-\ncomputed": lambda stage, costs: "parts" if stage.recomputed_modules else str(stage.recomputed),
     "parameters\na rank": lambda stage, costs: parameter_count(costs.parameters_per_rank),
     "also": lambda stage, costs: ", ".join(["embedding"] * stage.has_embedding + ["loss"] * stage.has_loss),
 }
@@ -145,6 +145,9 @@ def _print_stages(console: Console, plan: Plan) -> None:
         table.add_row(*(cell(stage, costs) for cell in columns.values()))
     console.print("[bold]Pipeline stages[/] in the order in which a token passes them; layers count from 0")
     console.print(table)
+    modules = dict.fromkeys(name for stage in plan.stages for name in stage.recomputed_modules)
+    if modules:
+        console.print(f"Parts that the backward pass computes again in each layer: {', '.join(modules)}.")
 
 
 def _table() -> Table:

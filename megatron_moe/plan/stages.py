@@ -23,7 +23,9 @@ class Stage:
     recompute_num_layers: int
     """What Megatron-Core is told: layers to recompute (`block`), or layers a recomputed group (`uniform`)."""
     recomputed: int
-    """Layers that the backward pass computes again."""
+    """Layers that the backward pass computes again, whole."""
+    recomputed_modules: tuple[str, ...]
+    """Modules of the stage's layers that the backward pass computes again by themselves."""
     has_embedding: bool
     has_loss: bool
 
@@ -65,6 +67,7 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
                 moe_layers=tuple(layer for layer in layers if layer in with_experts),
                 recompute_num_layers=count,
                 recomputed=_recomputed(experiment.recompute.method, count, size),
+                recomputed_modules=_modules(experiment, size, sum(n in with_experts for n in layers)),
                 has_embedding=index == 0,
                 has_loss=index == layout.num_stages - 1,
             )
@@ -72,6 +75,12 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
     owned = [layer for stage in stages for layer in stage.layers]
     assert owned == list(range(experiment.model.num_layers)), "each layer belongs to exactly one stage"
     return tuple(stages)
+
+
+def _modules(experiment: Experiment, layers: int, moe_layers: int) -> tuple[str, ...]:
+    """Those of `recompute.modules` that a stage has."""
+    layers_with = {"core_attn": layers, "layernorm": layers, "mlp": layers - moe_layers}
+    return tuple(name for name in experiment.recompute.modules or () if layers_with.get(name, moe_layers))
 
 
 def _recomputed(method: str, count: int, layers: int) -> int:

@@ -16,6 +16,8 @@ from megatron_moe.engine import gradients, groups, overlap, pieces
 from megatron_moe.training.callback import Record
 from megatron_moe.training.trainer import Trainer
 
+_OF_TIME = ("step_time_s", "tokens_per_second", "model_tflops_per_device")
+
 
 @dataclass
 class Seen:
@@ -39,6 +41,8 @@ class Apart:
     held_out: float
     buckets: int
     """Of gradients, in the second of the two."""
+    metrics: tuple[str, ...] = ()
+    """Keys of the records that are not the same, those of time left out."""
 
 
 def compare(
@@ -58,6 +62,12 @@ def compare(
         weights=max(_tensors(x, y) for x, y in zip(a.weights, b.weights, strict=True)),
         held_out=max(_numbers(x, y) for x, y in zip(a.held_out, b.held_out, strict=True)),
         buckets=b.buckets,
+        metrics=tuple(
+            key
+            for x, y in zip(a.records, b.records, strict=True)
+            for key in x
+            if x[key] != y[key] and key not in _OF_TIME
+        ),
     )
 
 

@@ -45,7 +45,7 @@ def by_hand(experiment: Experiment, folder: Path) -> dict[str, Tensor]:
     microbatches = [next(batches) for _ in range(trainer.shapes().num_microbatches)]
     counts = [float(batch["loss_mask"].sum()) for batch in microbatches]
     assert len(set(counts)) > 1, "microbatches must differ, or every mean is the same"
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0 / len(microbatches), dtype=torch.float64))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1.0 / len(microbatches)))
     total = torch.zeros((), dtype=torch.float64)
     for batch in microbatches:
         padding = {"padding_mask": batch["padding_mask"]} if "padding_mask" in batch else {}

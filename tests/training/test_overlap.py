@@ -23,7 +23,7 @@ def apart(folder: Any, parallel: dict[str, Any], options: dict[str, Any], **sect
     changed = experiment(parallel=parallel | options, **sections)
     pool = ranks(plan.make(plain).layout.world_size)
     found = pool.run(on_ranks.compare, plain, changed, folder, steps, bucket_size)
-    names = ("loss", "grad_norm", "gradients", "weights", "held_out", "buckets")
+    names = ("loss", "grad_norm", "gradients", "weights", "held_out", "buckets", "metrics")
     return on_ranks.Apart(**{name: max(getattr(one, name) for one in found) for name in names})
 
 
