@@ -79,15 +79,20 @@ def _noted_scan(files: TokenFiles, tokenizer: Tokenizer, notes: Path) -> Manifes
 def _scan(files: TokenFiles, vocab_size: int) -> Manifest:
     tokens = files.read()
     counts = np.zeros(vocab_size, np.int64)
+    smallest, largest = 0, 0
     for start in range(0, files.tokens, _SCAN_TOKENS):
         part = tokens[start : start + _SCAN_TOKENS]
-        wrong = part[(part < 0) | (part >= vocab_size)]
-        if wrong.size:
-            raise InputError(
-                f"{files.prefix} holds the token id {int(wrong[0])}, but data.tokenizer has ids below "
-                f"{vocab_size}; set data.tokenizer.kind and data.tokenizer.model to the one it was made with"
-            )
-        counts += np.bincount(part, minlength=vocab_size)
+        smallest, largest = min(smallest, int(part.min())), max(largest, int(part.max()))
+        if smallest >= 0 and largest < vocab_size:
+            counts += np.bincount(part, minlength=vocab_size)
+    if smallest < 0:
+        raise InputError(f"{files.prefix} holds the token id {smallest}; make the files anew, ids begin at 0")
+    if largest >= vocab_size:
+        raise InputError(
+            f"{files.prefix} holds the token id {largest}, so that its tokenizer has {largest + 1} ids or "
+            f"more, but data.tokenizer has {vocab_size}; set data.tokenizer.kind and data.tokenizer.model to "
+            "the one it was made with"
+        )
     return Manifest(
         tokenizer_kind=None,
         tokenizer_sha256=None,

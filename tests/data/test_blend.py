@@ -199,7 +199,7 @@ def test_every_source_with_a_mistake_is_named(described: Any, tmp_path: Path) ->
     long, short = raised.value.problems
     assert long.startswith("data.blend.long: the validation part")
     assert short.startswith(f"data.blend.short.path: {tmp_path}/short holds the token id 300")
-    assert "data.tokenizer has ids below 257" in short
+    assert "has 301 ids or more, but data.tokenizer has 257" in short
 
 
 def test_an_index_of_another_tokenizer_is_refused(described: Any, tmp_path: Path) -> None:

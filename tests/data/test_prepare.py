@@ -247,7 +247,7 @@ def test_files_of_megatron_lm_are_accepted_and_read_through_once(
     monkeypatch.undo()
     by_megatron(prefix, [[1, 1, 2, 256] * 8, [1, 3, 257] * 8])
     with pytest.raises(
-        InputError, match=r"^data\.path: .*holds the token id 257, but data\.tokenizer has ids below 257"
+        InputError, match=r"^data\.path: .*holds the token id 257, so that its tokenizer has 258 ids or more, but data\.tokenizer has 257"
     ):
         made(at_path(prefix, BYTES), tmp_path / "runs")
 

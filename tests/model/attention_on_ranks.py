@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.engine import groups
+from megatron_moe.engine.segments import segments
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.plan.layout import Layout
 
@@ -37,9 +38,11 @@ def build(parallel: dict[str, int], **config: Any) -> CoreAttention:
     )
 
 
-def under_context(size: int, inputs: list[Tensor], upstream: Tensor, kv_channels: int) -> list[Tensor]:
+def under_context(
+    size: int, inputs: list[Tensor], upstream: Tensor, kv_channels: int, starts: Tensor | None = None
+) -> list[Tensor]:
     """This rank's part, chunks r and 2 CP - 1 - r, of output and gradients; `inputs` and `upstream` are
-    whole."""
+    whole, and so is `starts` [b, s], where documents begin."""
     attention = build({"context_parallel_size": size}, kv_channels=kv_channels)
     rank = torch.distributed.get_rank()
 
@@ -48,7 +51,7 @@ def under_context(size: int, inputs: list[Tensor], upstream: Tensor, kv_channels
         return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]]) if size > 1 else x
 
     leaves = [mine(x).detach().clone().requires_grad_() for x in inputs]
-    output = attention(*leaves, None)
+    output = attention(*leaves, None if starts is None else segments(starts, rank, size))
     output.backward(mine(upstream))
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
