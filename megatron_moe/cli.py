@@ -289,6 +289,7 @@ def _validate(args: argparse.Namespace) -> int:
     if missing := missing_files(loaded):
         raise ConfigError(*missing)
     print(f"# {args.config} is valid. In full, as it would run:")
+    print(f"# Run folder: {Path(loaded.experiment.logging.root) / loaded.experiment.name}")
     for note in preflight.notes(loaded):
         print(f"# It cannot run on this machine as it is: {note}")
     print(to_yaml(loaded.experiment, loaded.provenance if args.provenance else None), end="")
