@@ -12,7 +12,7 @@ SECOND_PAIR := --pair 3.12 --optional
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart check test clean
+.PHONY: help env quickstart verify check test clean
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of"
@@ -24,6 +24,9 @@ env: ## make or update .venv, with the tools that test and check
 quickstart: ## make .venv and train configs/quickstart.yaml: a few minutes on two cores
 	@$(ENVIRONMENT)
 	@.venv/bin/megatron-moe train configs/quickstart.yaml
+
+verify: env ## train every kind of layout on up to 4 ranks and compare each with one process
+	.venv/bin/python tools/verify_layouts.py
 
 check: env ## ruff and mypy
 	.venv/bin/python -m ruff check .

@@ -12,7 +12,7 @@ Rules for users live in `config.rules`; what is asserted here is what they guara
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
 
 from megatron_moe.config.schema import Experiment
@@ -36,6 +36,16 @@ _EXPERT_AXES: dict[GroupKind, tuple[str, ...]] = {
     "expert_tp": ("expert_tp",),
     "expert_dp": ("expert_dp",),
     "tp_ep": ("expert_tp", "ep"),
+}
+
+_SHORT = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "virtual_pipeline_model_parallel_size": "VPP",
+    "context_parallel_size": "CP",
+    "data_parallel_size": "DP",
+    "expert_model_parallel_size": "EP",
+    "expert_tensor_parallel_size": "ETP",
 }
 
 
@@ -104,6 +114,11 @@ class Layout:
     def num_stages(self) -> int:
         """Pipeline stages that a token passes: PP x VPP."""
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    @property
+    def axes(self) -> str:
+        """The axes with more than one rank or stage: `TP 2, EP 2`; empty for one rank."""
+        return ", ".join(f"{_SHORT[key]} {size}" for key, size in asdict(self).items() if size > 1)
 
     @property
     def _attention_grid(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +16,6 @@ from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.wording import plural
 from megatron_moe.training.callback import Record
 from megatron_moe.training.verify_differences import FLOOR, Worst
-
-_SHORT = {
-    "tensor_model_parallel_size": "TP",
-    "pipeline_model_parallel_size": "PP",
-    "virtual_pipeline_model_parallel_size": "VPP",
-    "context_parallel_size": "CP",
-    "data_parallel_size": "DP",
-    "expert_model_parallel_size": "EP",
-    "expert_tensor_parallel_size": "ETP",
-}
 
 
 @dataclass(frozen=True)
@@ -126,8 +116,7 @@ class Report:
 
 def announcement(name: str, layout: Layout, steps: int) -> str:
     """What is going to be compared."""
-    axes = ", ".join(f"{_SHORT[key]} {size}" for key, size in asdict(layout).items() if size > 1)
-    ranks = f"{plural(layout.world_size, 'rank')} ({axes})" if axes else "one rank"
+    ranks = plural(layout.world_size, "rank") + f" ({layout.axes})" if layout.axes else "one rank"
     return f"{name}: {plural(steps, 'step')} on {ranks}, then in one process"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,9 +63,10 @@ def pad(trainer: Trainer) -> None:
     trainer.datasets = Datasets(train=_Padded(trainer.datasets.train), valid=None)
 
 
-def _layer(trainer: Trainer, number: int) -> torch.nn.Module:
+def _layer(trainer: Trainer, number: int) -> Any:
     """A layer by its number in the whole model; only for layouts without pipeline stages."""
-    return unwrap(trainer.chunks[0]).decoder.layers[number]
+    decoder: Any = unwrap(trainer.chunks[0]).decoder
+    return decoder.layers[number]
 
 
 def double_an_experts_gradient(trainer: Trainer) -> None:
