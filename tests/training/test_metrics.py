@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from distributed import ranks
 from experiments import MOE, experiment, layout
 from training_runs import TIMES
 
-from megatron_moe.training.callbacks.metrics_file import cut_back
+from megatron_moe.training.callbacks.metrics_file import MetricsFile, cut_back
 
 MIXED = {**MOE, "moe_layer_freq": [0, 0, 1, 1]}
 ALWAYS = {"iteration", "loss", "grad_norm", "lr", "consumed_tokens", *TIMES}
@@ -148,9 +149,35 @@ def test_the_file_is_cut_back_to_the_checkpoint(tmp_path, tail, kept):
     path = tmp_path / "metrics.jsonl"
     whole = "".join(f'{{"iteration": {number}}}\n' for number in range(1, 4))
     path.write_text(whole + tail)
-    cut_back(path, 3)
+    assert cut_back(path, 3) == kept
     assert path.read_text() == whole
     cut_back(path, 0)
     assert path.read_text() == ""
     cut_back(tmp_path / "nothing", 0)
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "done", "said"),
+    [
+        (
+            '{"iteration": 1}\n{"iteration": 2}\n\0\0\n{"iteration": 4}\n',
+            4,
+            "steps 3 to 4; it goes on at step 5",
+        ),
+        ('{"iteration": 1}\n{"iteration": 2', 2, "step 2; it goes on at step 3"),
+        ('{"iteration": 1}\n{"iteration": 2}\n{"iter', 2, None),
+        (None, 3, "steps 1 to 3; it goes on at step 4"),
+        (None, 0, None),
+    ],
+)
+def test_steps_that_the_file_lost_are_said(tmp_path, capsys, text, done, said):
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    file = MetricsFile(path, tmp_path / "log.txt")
+    trainer: Any = SimpleNamespace(iteration=done)
+    file.on_start(trainer)
+    file.on_end(trainer)
+    expected = "" if said is None else f"metrics.jsonl: no readable record of {said}\n"
+    assert capsys.readouterr().out == expected

@@ -106,9 +106,10 @@ class WeightsAndBiases(Sink):
         self._send({"exit_code": 0 if completed else 1})
         assert self.process is not None and self.process.stdin is not None
         self.process.stdin.close()
-        if self.process.wait() != 0:
-            raise self._failure()
+        code = self.process.wait()
         self._look_for_address()
+        if code != 0:
+            raise self._failure()
         self._clear_temporary()
 
     def abandon(self) -> str:
@@ -118,7 +119,7 @@ class WeightsAndBiases(Sink):
         self._clear_temporary()
         if json.loads(self._state.read_text())["iteration"] < self.last_sent:
             return "no answer from its server; logging.wandb.mode=offline needs none"
-        return f"the end of the run is not sent yet; `wandb sync {self.folder / 'latest-run'}` sends it"
+        return f"not all is sent yet; `wandb sync {self.folder / 'latest-run'}` sends the rest"
 
     @property
     def _state(self) -> Path:
