@@ -1,10 +1,10 @@
 # Trains on NVIDIA's GPUs: their image brings torch, Transformer Engine, NCCL and apex, built for one another.
 #
-#     docker build -t megatron-moe .
-#     docker run --gpus all --ipc=host megatron-moe doctor
+#     docker build -t moe .
+#     docker run --gpus all --ipc=host moe doctor
 #
 # docs/running.md says how to train in it. For another image of theirs, with torch 2.13 or newer on Python 3.11 to
-# 3.13: docker build --build-arg BASE=nvcr.io/nvidia/pytorch:YY.MM-py3 -t megatron-moe .
+# 3.13: docker build --build-arg BASE=nvcr.io/nvidia/pytorch:YY.MM-py3 -t moe .
 ARG BASE=nvcr.io/nvidia/pytorch:26.08-py3
 FROM ${BASE}
 

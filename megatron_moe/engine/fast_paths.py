@@ -141,9 +141,9 @@ def fast_paths(machine: Machine, broken: Collection[str] = ()) -> list[FastPath]
 def said_at_start(machine: Machine) -> str:
     """One line for the log of a run that names what is missing; empty if nothing is."""
     if not machine.gpus or machine.torch_cuda is None:
-        return "No GPU here, and so none of its fast paths: `megatron-moe doctor` lists them"
+        return "No GPU here, and so none of its fast paths: see megatron-moe doctor"
     missing = [path.name for path in fast_paths(machine) if not path.on]
     if not missing:
         return ""
     names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
-    return f"Without {names} here: `megatron-moe doctor` says what that costs"
+    return f"Without {names} here: for what that costs see megatron-moe doctor"

@@ -76,7 +76,7 @@ def _json(report: Report) -> dict[str, object]:
 
 def lines(report: Report) -> Iterator[Text]:
     """The report, at most 80 columns wide: what is wrong first."""
-    yield Text(f"megatron-moe {__version__} on {socket.gethostname()}: {_verdict(report)}", "bold")
+    yield Text(f"{socket.gethostname()}: {_verdict(report)}", "bold")
     for finding in report.findings:
         yield from _row("wrong" if finding.stops else "mind", [finding.what, f"-> {finding.remedy}"], "red")
     yield Text("Versions", "bold")
@@ -116,6 +116,7 @@ def _verdict(report: Report) -> str:
 
 def _versions(report: Report) -> Iterator[tuple[str, str]]:
     machine = report.machine
+    yield "megatron_moe", __version__
     yield "python", f"{machine.python} (supported: {version_range('python')})"
     for name in ("torch", "megatron-core"):
         yield name, f"{machine.packages.get(name, 'not installed')} (supported: {version_range(name)})"
