@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ for folder in (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "trainin
     sys.path.insert(0, str(folder))
 # Ranks that share few cores only fight each other with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What the libraries warn of at import, in each rank, is not about the layouts.
+# What the libraries warn of at import, here and in each rank, is not about the layouts.
+warnings.simplefilter("ignore")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 import torch.distributed as dist  # noqa: E402

@@ -21,9 +21,11 @@ def build(experiment: Experiment) -> list[torch.nn.Module]:
     return build_chunks(experiment, plan, torch.float32)
 
 
-def save(experiment: Experiment, folder: str) -> None:
-    """Save the initial weights."""
-    save_weights(Path(folder), build(experiment))
+def save(experiment: Experiment, folder: str) -> list[int]:
+    """Save the initial weights. Returns the number of this rank's parameters, chunk by chunk."""
+    chunks = build(experiment)
+    save_weights(Path(folder), chunks)
+    return [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks]
 
 
 def differences(experiment: Experiment, folder: str) -> list[str]:

@@ -14,6 +14,7 @@ from distributed import ranks
 from experiments import MOE, experiment, layout
 
 from megatron_moe.model.initialization import initialize
+from megatron_moe.plan import plan as plans
 
 SHARED = MOE | {"moe_shared_expert_intermediate_size": 40, "moe_layer_freq": 2}
 TIED = {"model": {"untie_embeddings_and_output_weights": False}}
@@ -37,6 +38,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "TP2 shared": (layout(tp=2), {"moe": SHARED}),
     "TP2 biases": (layout(tp=2), BIASED),
+    "ETP2 biases": (
+        layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2),
+        {"model": {"megatron_core": {"add_bias_linear": True}}},
+    ),
+    "TP2 one key head": (layout(tp=2), {"model": {"num_query_groups": 1, "kv_channels": 12}}),
+    "PP2 embedding alone": (layout(pp=2), {"pipeline": {"layers_per_stage": "E|t*4,L"}}),
     "TP2 dense": (layout(tp=2), {"moe": None}),
     "PP2 tied": (layout(pp=2), TIED),
     "TP2 tied": (layout(tp=2), TIED),
@@ -49,9 +56,15 @@ def ours(**sections: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.second_pair
 @pytest.mark.parametrize("name", CASES)
-def test_every_layout_starts_from_the_same_weights(name: str, tmp_path: Path) -> None:
+def test_every_layout_starts_from_the_same_weights_and_holds_what_was_planned(
+    name: str, tmp_path: Path
+) -> None:
     parallel, sections = CASES[name]
-    ranks(2).run(initialization_on_ranks.save, experiment(parallel=parallel, **sections), str(tmp_path))
+    setup = experiment(parallel=parallel, **sections)
+    plan = plans.make(setup)
+    for rank, counts in enumerate(ranks(2).run(initialization_on_ranks.save, setup, str(tmp_path))):
+        stages = plan.stages_on(rank)
+        assert counts == [plan.stage_costs[stage.index].parameters_per_rank for stage in stages]
     sections = {key: value for key, value in sections.items() if key != "pipeline"}
     one = experiment(**sections)
     assert ranks(1).run(initialization_on_ranks.differences, one, str(tmp_path)) == [[]]

@@ -50,9 +50,8 @@ def chunk_at(case: dict[str, Any], pipeline_rank: int, chunk: int) -> dict[str, 
     sizes["virtual_pipeline_model_parallel_size"] = virtual_size if virtual_size > 1 else None
     config = TransformerConfig(
         **sizes,
-        **case["config"],
+        **{"add_bias_linear": False} | case["config"],
         use_cpu_initialization=True,
-        add_bias_linear=False,
         gradient_accumulation_fusion=False,
         pipeline_dtype=torch.float32,
     )

@@ -66,6 +66,29 @@ MODEL_CASES: dict[str, Experiment] = {
         pipeline={"layers_per_stage": [3, 1]},
         recompute={"layers_per_stage": [0, 0]},
     ),
+    "biases everywhere, both kinds of layers, width of heads of its own, a stage without layers": filled(
+        model={"kv_channels": 24, "megatron_core": {"add_bias_linear": True}},
+        moe={"moe_layer_freq": [1, 0, 0, 1]},
+        parallel={
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "expert_model_parallel_size": 2,
+        },
+        pipeline={"layers_per_stage": [0, 1, 3, 0]},
+        recompute={"layers_per_stage": [0, 0]},
+    ),
+    "dense, biases, one key head for four ranks, tied embeddings": filled(
+        model={
+            "num_query_groups": 1,
+            "normalization": "LayerNorm",
+            "activation": "gelu",
+            "untie_embeddings_and_output_weights": False,
+            "megatron_core": {"add_bias_linear": True, "qk_layernorm": True},
+        },
+        moe=None,
+        parallel={"tensor_model_parallel_size": 4},
+    ),
     "ETP, every other layer MoE, gated shared expert, tied embeddings on one stage": filled(
         model={
             "untie_embeddings_and_output_weights": False,
