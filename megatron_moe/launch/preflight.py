@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 
@@ -16,7 +17,11 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.keys import leaves
 from megatron_moe.config.loading import Loaded
 from megatron_moe.config.origin import Problem
+from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.machine import Machine, look
+from megatron_moe.launch import identity
+from megatron_moe.plan import plan
+from megatron_moe.plan.scores import score_bytes
 
 
 def check(loaded: Loaded, machine: Machine | None = None) -> None:
@@ -26,12 +31,32 @@ def check(loaded: Loaded, machine: Machine | None = None) -> None:
         machine: what to hold the experiment against. None: this machine, if the experiment asks for anything.
     """
     needs = list(needs_of(loaded.experiment))
-    if not needs:
+    drops = loaded.experiment.model.attention_dropout > 0
+    if not needs and not drops:
         return
     machine = machine or look()
     problems = [problem for need in needs for problem in (*_package(need), *_gpu(need, machine))]
+    if drops:
+        problems += _scores(loaded.experiment, machine)
     if problems:
         raise InputError(*_lines(loaded, problems))
+
+
+def _scores(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
+    """On a host dropout makes attention keep its scores, s x s for each head."""
+    its_plan = plan.make(experiment)
+    needed = score_bytes(experiment, its_plan)
+    if identity.from_environment(os.environ) is not None:  # one rank of those here is sure to be ours
+        needed //= its_plan.layout.world_size
+    if (machine.gpus and machine.torch_cuda is not None) or needed <= machine.memory_bytes:
+        return
+    keys = ("model.attention_dropout", "training.seq_length", "training.micro_batch_size")
+    text = (
+        f"needs the scores of all pairs of {keys[1]} positions without a GPU, which for {keys[2]} take at "
+        f"least {needed / 2**30:,.0f} GiB, and this machine has {machine.memory_bytes / 2**30:,.0f} GiB"
+    )
+    again = "" if experiment.recompute.granularity == "full" else ", or recompute.granularity to full"
+    yield Problem(keys, text, f"set it to 0{again}, or make the other two smaller")
 
 
 def notes(loaded: Loaded) -> list[str]:
