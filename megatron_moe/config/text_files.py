@@ -43,7 +43,7 @@ def expand(inputs: Sequence[str]) -> list[str]:
 def named_twice(inputs: Sequence[str]) -> list[str]:
     """One mistake for each pair of entries, one of them a folder or a glob, that stand for the same file."""
     owners: dict[str, str] = {}
-    problems = {}
+    problems: dict[tuple[str, str], str] = {}
     for entry in inputs:
         for path in files_of(entry):
             other = owners.setdefault(path, entry)

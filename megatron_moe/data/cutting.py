@@ -6,6 +6,7 @@ that takes depends on the tokenizer.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -25,7 +26,7 @@ def last_cut(block: bytes, cuts: Cuts) -> int:
     """The last place, in bytes from its beginning, where `block` may be cut; 0 if there is none.
 
     Args:
-        block: UTF-8 that begins and ends with whole characters. Only its last 64 KiB are looked at.
+        block: UTF-8, which may end inside a character. Only its last 64 KiB are looked at.
     """
     if cuts == "nowhere":
         return 0
@@ -34,12 +35,16 @@ def last_cut(block: bytes, cuts: Cuts) -> int:
     start = max(0, len(block) - _TAIL_BYTES)
     while start < len(block) and block[start] & 0xC0 == 0x80:  # inside a character
         start += 1
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        tail = block[start:].decode()
+        tail = decoder.decode(block[start:])
     except UnicodeDecodeError:  # the whole is no text, which whoever decodes it says
         return len(block)
     end = max((match.end() for match in _WORD_END.finditer(tail) if match[0] <= _LATEST_LETTER), default=None)
-    return 0 if end is None else len(block) - len(tail[end:].encode())
+    if end is None:
+        return 0
+    begun_character, _ = decoder.getstate()
+    return len(block) - len(begun_character) - len(tail[end:].encode())
 
 
 def parts(text: str, cuts: Cuts, at_least: int) -> Iterator[str]:

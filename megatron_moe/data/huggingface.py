@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.tokenizer_files import read_tokenizer_json, tokenizer_json
 from megatron_moe.data.cutting import Cuts, parts
 from megatron_moe.data.packed import optional
+from megatron_moe.data.tokenizers import as_array
 from megatron_moe.data.word_patterns import END_AT_BLANKS
 
 # One thread a process: worker processes are what works at once. The library reads it when it first encodes.
@@ -62,15 +65,21 @@ class HuggingFaceTokenizer:
         self.cuts: Cuts = "behind words" if _ends_words_at_blanks(description) else "nowhere"
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_many([text])[0]
+        return [token for part in self._encode_parts(text) for token in part]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        pieces = [list(parts(text, self.cuts, _PART_CHARACTERS)) for text in texts]
-        encodings = iter(
-            self._tokenizer.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False)
-        )
-        ids = [[next(encodings).ids for _ in document] for document in pieces]
-        return [found[0] if len(found) == 1 else list(chain.from_iterable(found)) for found in ids]
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        ids: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)] * len(texts)
+        short = [at for at, text in enumerate(texts) if len(text) <= 2 * _PART_CHARACTERS]
+        encodings = self._tokenizer.encode_batch_fast([texts[at] for at in short], add_special_tokens=False)
+        for at, encoding in zip(short, encodings, strict=True):
+            ids[at] = as_array(encoding.ids)
+        for at in {*range(len(texts))}.difference(short):
+            ids[at] = np.concatenate([as_array(part) for part in self._encode_parts(texts[at])])
+        return ids
+
+    def _encode_parts(self, text: str) -> Iterator[list[int]]:
+        for part in parts(text, self.cuts, _PART_CHARACTERS):
+            yield self._tokenizer.encode_batch_fast([part], add_special_tokens=False)[0].ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish."""

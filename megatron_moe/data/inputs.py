@@ -134,7 +134,6 @@ def _parts_of_file(stream: io.BufferedIOBase, cuts: Cuts) -> Iterator[bytes]:
         return
     held: list[bytes] = []
     while block := stream.read(CHUNK_BYTES):
-        block += stream.readline()  # ends with a whole character
         if end := last_cut(block, cuts):
             yield b"".join([*held, block[:end]])
             held = []

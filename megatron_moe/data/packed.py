@@ -42,7 +42,7 @@ class HashingFile(io.RawIOBase):
         super().close()
 
 
-def unpacked(stream: io.BufferedReader, path: str) -> io.BufferedIOBase:
+def unpacked(stream: io.BufferedReader[Any], path: str) -> io.BufferedIOBase:
     """`stream` itself, or what is packed in it, by the name of the file. InputError if zstandard is
     missing."""
     if path.lower().endswith(".gz"):
@@ -86,7 +86,7 @@ class _ZstdFrames(io.RawIOBase):
     zstandard's own reader takes a file that was cut short for one that ends there.
     """
 
-    def __init__(self, stream: io.BufferedReader, zstandard: Any) -> None:
+    def __init__(self, stream: io.BufferedReader[Any], zstandard: Any) -> None:
         self._stream = stream
         self._zstandard = zstandard
         self._context = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)

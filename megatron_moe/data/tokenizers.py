@@ -8,6 +8,7 @@ quickly.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -42,8 +43,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_many(self, texts: Sequence[str]) -> Sequence[Sequence[int] | NDArray[Any]]:
-        """The ids of each text: what is fastest for many of them."""
+    def encode_many(self, texts: Sequence[str]) -> Sequence[NDArray[Any]]:
+        """The ids of each text, as arrays: what is fastest for many of them."""
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -95,8 +96,8 @@ class SentencePieceTokenizer:
         lines = [text] if self.cuts == "nowhere" else split_lines(text)
         return list(chain.from_iterable(self._encode_parts(lines)))
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
+    def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [as_array(self.encode(text)) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish."""
@@ -140,6 +141,11 @@ class SentencePieceTokenizer:
         whole = model.encode(_PROBE)
         by_line = [token for line in _PROBE.splitlines(keepends=True) for token in model.encode(line)]
         return bool(whole == by_line and model.decode(whole) == _PROBE)
+
+
+def as_array(ids: list[int]) -> NDArray[np.uint32]:
+    """Ids as an array, by way of `array.array`, which takes a tenth of numpy's time."""
+    return np.frombuffer(array("I", ids), np.uint32)
 
 
 def split_lines(text: str) -> list[str]:
