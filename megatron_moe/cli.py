@@ -23,6 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = _parse(argv)
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        print("The working directory was removed: change to a folder that is there.", file=sys.stderr)
+        return 2
+    try:
         code: int = args.run(args)
         if sys.stdout is not None:  # closed by whoever started us
             sys.stdout.flush()

@@ -137,6 +137,21 @@ def test_validate_finds_input_files_that_are_not_there(
     )
 
 
+@pytest.mark.parametrize("command", [["validate", QUICKSTART, "training.seed=1"], ["doctor"]])
+def test_a_working_directory_that_was_removed_is_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert exit_code(*command) == 2
+    assert capsys.readouterr() == (
+        "",
+        "The working directory was removed: change to a folder that is there.\n",
+    )
+
+
 def test_a_reader_that_goes_away_is_no_error_message() -> None:
     program = [sys.executable, "-m", "megatron_moe", "validate", QUICKSTART]
     with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -22,8 +22,14 @@ def check(folder: RunFolder, experiment: Experiment, say: Callable[[str], None])
     Args:
         say: takes a line that names the keys that changed and may.
 
-    Raises InputError with a line for each key that changed and may not.
+    Raises InputError with a line for each key that changed and may not, and where something else lies in the
+    place of the checkpoints.
     """
+    checkpoints = folder.path / "checkpoints"
+    if checkpoints.exists() and not checkpoints.is_dir():
+        raise InputError(f"{checkpoints}: is no folder, and checkpoints are to be saved there; move it away")
+    if (latest := checkpoints / "latest").is_dir():
+        raise InputError(f"{latest}: is a folder, and a file that names the newest checkpoint belongs there")
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return None

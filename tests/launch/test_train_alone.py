@@ -103,6 +103,21 @@ def test_wrong_input_leaves_no_run_folder(tmp_path, monkeypatch):
     )
 
 
+def test_what_lies_in_the_place_of_checkpoints_is_named(tmp_path, monkeypatch):
+    config = install(tmp_path, monkeypatch)
+    run = tmp_path / "runs" / "small"
+    (run / "checkpoints" / "latest").mkdir(parents=True)
+    code, output, errors = train(config)
+    assert (code, output) == (2, "")
+    assert errors.startswith("runs/small/checkpoints/latest: is a folder") and errors.count("\n") == 1
+    (run / "checkpoints" / "latest").rmdir()
+    (run / "checkpoints").rmdir()
+    (run / "checkpoints").touch()
+    code, output, errors = train(config)
+    assert (code, output) == (2, "")
+    assert errors.startswith("runs/small/checkpoints: is no folder") and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("body", "code", "begins", "ends"),
     [
