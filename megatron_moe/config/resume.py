@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe.config.checking import default_of
-from megatron_moe.config.keys import known_keys, leaves, schema_key
+from megatron_moe.config.keys import known_keys, leaves, named_sections, schema_key
 from megatron_moe.config.schema import Experiment
 
 Difference = tuple[str, Any, Any]
@@ -50,6 +50,7 @@ def differences(
     old.pop("model.megatron_core", None), new.pop("model.megatron_core", None)
     if old.get("moe", 0) is None and current.moe is not None:
         new = {key: value for key, value in new.items() if not key.startswith("moe.")} | {"moe": "a section"}
+    _join_names(old, new)
     allowed: list[Difference] = []
     refused: list[Difference] = []
     for key in sorted(old.keys() | new.keys(), key=_rank):
@@ -59,6 +60,21 @@ def differences(
             may = any(re.fullmatch(pattern, key) for pattern in ALLOWED) or _follows(key, old, new)
             (allowed if may else refused).append((key, before, after))
     return allowed, refused
+
+
+def _join_names(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Where sections that the user names come or go, tell their names alone apart, in place."""
+    for holder in named_sections():
+        of_both = [
+            {key: key.split(".")[holder.count(".") + 1] for key in values if key.startswith(f"{holder}.")}
+            for values in (old, new)
+        ]
+        if set(of_both[0].values()) == set(of_both[1].values()):
+            continue
+        for values, keys in zip((old, new), of_both, strict=True):
+            for key in keys:
+                del values[key]
+            values[holder] = sorted(set(keys.values())) or None
 
 
 def _rank(key: str) -> tuple[int, str]:

@@ -110,3 +110,31 @@ def test_token_files_of_other_tools_are_told_apart_by_their_tokens(tmp_path, tex
     changed[100] = changed[100] + 1
     (tmp_path / "theirs.bin").write_bytes(changed)
     assert start(path).startswith("data.path: other data than iter_0000002 was trained on (unigram entropy")
+
+
+def test_every_source_of_a_blend_is_compared(tmp_path, text):
+    path = config(tmp_path, text)
+    plain, alone = path.read_text(), f"prepare: {{input: [{text}], documents: line}}"
+
+    def blended(*sources: str) -> Path:
+        path.write_text(plain.replace(alone, f"blend: {{{', '.join(sources)}}}"))
+        return path
+
+    def source(name: str, file: Path, weight: int = 1) -> str:
+        return f"{name}: {{weight: {weight}, prepare: {{input: [{file}], documents: line}}}}"
+
+    other = Path(shutil.copy(text, tmp_path / "other.txt"))
+    a_checkpoint(blended(source("one", text), source("two", other)))
+    assert start(blended(source("two", text), source("one", other))) == "", "the order does not matter"
+    assert start(blended(source("one", text), source("two", other, weight=2))).startswith(
+        "data.blend.two.weight: is 2.0, but was 1.0"
+    )
+    other.write_text(other.read_text().replace("small", "short"))
+    words = start(blended(source("one", text), source("two", other)))
+    assert words.startswith("data.blend.two.prepare.input: other data than iter_0000002")
+    renamed = blended(source("one", text), source("three", other))
+    assert start(renamed).startswith("data.blend: is [one, three], but was [one, two]")
+    experiment = load(renamed).experiment
+    newest = tmp_path / "runs" / "small" / "checkpoints" / "iter_0000002"
+    with pytest.raises(InputError, match=r"^data\.blend: other sources .* \(one, three, but was one, two\)"):
+        provenance.check(newest, prepare(experiment, Path(experiment.logging.root)))
