@@ -56,9 +56,9 @@ def say_summary(trainer: Trainer, log: Path) -> None:
     config = folder / "resolved.yaml"
     lines.append("Next:")
     if done < wanted:
-        lines.append(f"  go on        megatron-moe train {config}")
+        lines.append("  go on        the same command again")
     else:
-        lines.append(f"  train on     megatron-moe train {config} {' '.join(to_train_on(experiment))}")
+        lines.append(f"  train on     the same command with {to_train_on(experiment)}")
     lines += _to_look_at(trainer)
     lines.append(f"  check layout megatron-moe verify {config}")
     say(lines, log)
@@ -80,17 +80,9 @@ def _to_look_at(trainer: Trainer) -> list[str]:
     return lines
 
 
-def to_train_on(experiment: Experiment) -> list[str]:
-    """Overrides of a run's resolved.yaml that train it for twice as many iterations."""
-    iterations, schedule = experiment.training.train_iters, experiment.optimizer
-    overrides = [f"training.train_iters={2 * iterations}"]
-    if schedule.lr_decay_iters == iterations:
-        # Else the rest of the run would be trained at min_lr.
-        overrides.append(f"optimizer.lr_decay_iters={2 * iterations}")
-        if schedule.lr_warmup_fraction is not None:
-            # The resolved number of iterations is that of the shorter run.
-            overrides.append("optimizer.lr_warmup_iters=null")
-    return overrides
+def to_train_on(experiment: Experiment) -> str:
+    """What trains a finished run for twice as many iterations; defaults that follow from it grow too."""
+    return f"training.train_iters={2 * experiment.training.train_iters}"
 
 
 def _losses(trainer: Trainer) -> list[tuple[str, str]]:
