@@ -82,7 +82,8 @@ def needs_of(e: Experiment) -> Iterator[Need]:
     if o.use_precision_aware_optimizer:
         yield Need("optimizer.use_precision_aware_optimizer", package=transformer_engine(2, 1))
     if o.optimizer_cpu_offload:
-        yield Need("optimizer.optimizer_cpu_offload")
+        # Where it cannot compute in bf16, precision `auto` is fp32, which the offloaded optimizer refuses.
+        yield Need("optimizer.optimizer_cpu_offload", capability=(8, 0))
     if t.fp8 is not None:
         version, capability = FP8_RECIPES[t.fp8_recipe]
         yield Need("training.fp8", package=transformer_engine(*version), capability=capability)

@@ -80,6 +80,13 @@ def one_optimizer_state(e: Experiment) -> Problems:
         yield Problem(keys, f"keeps the state in fp32, whatever {keys[1]} says", "keep one of the two")
 
 
+def offloaded_state_needs_bf16(e: Experiment) -> Problems:
+    """Megatron-Core's optimizer on two devices takes no weights in fp32."""
+    if e.optimizer.optimizer_cpu_offload and e.training.precision == "fp32":
+        keys = ("optimizer.optimizer_cpu_offload", "training.precision")
+        yield Problem(keys, f"does not work with {keys[1]}", f"set {keys[1]} to bf16, or leave it out")
+
+
 def offloaded_layers(e: Experiment) -> Problems:
     """Megatron-Core keeps activations on the host for some layers of one stage, without recompute."""
     count, layers = e.recompute.cpu_offloading_num_layers, e.model.num_layers

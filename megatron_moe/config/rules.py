@@ -25,6 +25,7 @@ RULES: list[Rule] = [
     device_rules.dead_without_their_switch,
     device_rules.main_grads_as_reduced,
     device_rules.one_optimizer_state,
+    device_rules.offloaded_state_needs_bf16,
     device_rules.offloaded_layers,
     device_rules.flex_has_ranks_to_reach,
     model_rules.heads_over_tp,

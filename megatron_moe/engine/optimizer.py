@@ -62,12 +62,17 @@ def build_optimizer(experiment: Experiment, chunks: list[torch.nn.Module], dtype
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = True
     config = optimizer_config(experiment, dtype)
-    return megatron_optimizer.get_megatron_optimizer(
+    optimizer = megatron_optimizer.get_megatron_optimizer(
         config,
         chunks,
         config_overrides=_parameter_groups(experiment, config),
         use_gloo_process_groups=gloo_beside_nccl(),
     )
+    for group in optimizer.param_groups:
+        for name in ("cpu_optimizer_cls", "gpu_optimizer_cls"):
+            # The optimizer on two devices leaves classes there; a checkpoint with one could not be loaded.
+            group.pop(name, None)
+    return optimizer
 
 
 def optimizer_config(experiment: Experiment, dtype: torch.dtype) -> Any:
@@ -100,10 +105,15 @@ def optimizer_config(experiment: Experiment, dtype: torch.dtype) -> Any:
         fields |= {
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": settings.optimizer_offload_fraction,
-            # Megatron-Core's optimizer on two devices keeps master weights itself, as that one does.
-            "use_precision_aware_optimizer": True,
         }
-    return OptimizerConfig(**fields)
+    config = OptimizerConfig(**fields)
+    if settings.optimizer_cpu_offload:
+        # The optimizer on two devices keeps master weights itself, as the precision-aware one does. Set
+        # behind the config's own checks: they compare Transformer Engine's version, None without it.
+        config.use_precision_aware_optimizer = True
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        config.store_param_remainders = False
+    return config
 
 
 def _parameter_groups(experiment: Experiment, config: Any) -> dict[Any, Any]:

@@ -94,7 +94,13 @@ def update(optimizer: Any, chunks: list[torch.nn.Module]) -> tuple[bool, float]:
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                # Where the optimizer reads gradients of a dtype of its own.
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
     updated = bool(optimizer.step_with_ready_grads())
     overlap.weights_updated(chunks)
     return updated, norm

@@ -83,6 +83,14 @@ DEVICE_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "optimizer.optimizer_cpu_offload",
         "keep one of the two",
     ),
+    (
+        "offloaded_state_needs_bf16",
+        DENSE,
+        ["optimizer.optimizer_cpu_offload=true", "training.precision=fp32"],
+        ["training.precision=auto"],
+        "optimizer.optimizer_cpu_offload",
+        'does not work with training.precision ("fp32", override); set training.precision to bf16',
+    ),
     ("offloaded_layers", DENSE, [TE, f"{OFFLOADED}=4"], [f"{OFFLOADED}=3"], OFFLOADED, "use at most 3"),
     (
         "offloaded_layers",
