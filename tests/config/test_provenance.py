@@ -106,3 +106,24 @@ def test_the_command_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  # ")[1] for line in lines if "  seed:" in line] == ["override"]
     assert sum(line.endswith("# default") for line in lines) > 20
+
+
+def test_sections_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sources.yaml").write_text(
+        "data:\n  kind: pretraining\n  tokenizer: {kind: bytes}\n  blend:\n"
+        "    web:\n      path: web\n      weight: 2\n    books:\n      path: books\n      weight: 1\n"
+    )
+    (tmp_path / "top.yaml").write_text(
+        "extends: sources.yaml\nname: top\n"
+        "model: {num_layers: 4, hidden_size: 64, num_attention_heads: 4}\n"
+        "training: {train_iters: 10, global_batch_size: 8, seq_length: 64}\n"
+        "data:\n  blend:\n    books:\n      weight: 3\n"
+    )
+    found = comments(load("top.yaml", ["data.blend.code={path: code, weight: 1}", "data.blend.web.weight=5"]))
+    assert found["data.blend.web.path"] == "sources.yaml:6"
+    assert found["data.blend.web.weight"] == "override"
+    assert found["data.blend.books.path"] == "sources.yaml:9"
+    assert found["data.blend.books.weight"] == "top.yaml:8"
+    assert found["data.blend.code.path"] == "override"
+    assert found["data.blend.code.split"] == "default"
