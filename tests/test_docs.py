@@ -12,7 +12,7 @@ from steps_for_docs import written_keys
 
 from megatron_moe.cli import build_parser
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.keys import known_keys
+from megatron_moe.config.keys import schema_key
 from megatron_moe.config.loading import load
 from megatron_moe.config.schema import Experiment
 
@@ -109,7 +109,7 @@ def test_keys_exist(page: Path) -> None:
         for key in re.findall(rf"(?<![\w./-])(?:{sections})\.[a-z_.]+(?![\w*/.(<-])", line):
             is_file = key.rpartition(".")[2] in ("py", "txt", "model")
             if not is_file and not key.startswith("model.megatron_core."):
-                assert key in known_keys(), f"{page.name}: {key}"
+                assert schema_key(key) is not None, f"{page.name}: {key}"
 
 
 def test_every_room_stands_in_the_tree() -> None:
