@@ -5,11 +5,16 @@ TP, PP, VPP, CP, DP, EP, ETP as in the schema.
 
 from __future__ import annotations
 
+import math
+
 from megatron_moe.config.defaults import divisors_of, nearest_multiples
 from megatron_moe.config.layout_string import layers_per_stage
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import CP, DP, EP, ETP, PP, SP, TP, VPP, Problems, divides, set_value
 from megatron_moe.config.schema import Experiment
+
+MOST_RANKS = 1_000_000
+"""More than any machine has."""
 
 
 def experts_over_ep(e: Experiment) -> Problems:
@@ -52,6 +57,15 @@ def moe_with_tp_needs_sp(e: Experiment) -> Problems:
         yield Problem(
             (SP, TP), f"does not go with experts and {TP} above 1", "set it to true, or leave it out"
         )
+
+
+def ranks_can_be_written_down(e: Experiment) -> Problems:
+    """Groups and plans list each rank."""
+    p = e.parallel
+    sizes = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size)
+    if math.prod(sizes) * set_value(p.data_parallel_size) > MOST_RANKS:
+        text = f"times {PP} times {CP} times {DP} is more than {MOST_RANKS:,} ranks"
+        yield Problem((TP, PP, CP, DP), text, "use fewer")
 
 
 def sp_needs_tp(e: Experiment) -> Problems:

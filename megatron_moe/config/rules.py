@@ -41,6 +41,7 @@ RULES: list[Rule] = [
     model_rules.shared_experts_over_tp,
     model_rules.biases_of_experts,
     model_rules.moe_layer_list_length,
+    layout_rules.ranks_can_be_written_down,
     layout_rules.experts_over_ep,
     layout_rules.expert_ranks_fold,
     layout_rules.dense_has_no_experts,

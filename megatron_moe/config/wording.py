@@ -43,6 +43,8 @@ def expected(annotation: Any) -> str:
         return "text that is not empty"
     if inner is int and constraints.get("ge") == 0 and constraints.get("le") == 1:
         return "0 or 1"
+    if "ge" in constraints and "le" in constraints:
+        return f"{base} from {_bound(constraints['ge'])} to {_bound(constraints['le'])}"
     bounds = [
         f"{words} {_bound(constraints[name])}" for name, words in _BOUNDS.items() if name in constraints
     ]

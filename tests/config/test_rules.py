@@ -114,6 +114,14 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "which does not divide the 2 ranks of a stage",
     ),
     (
+        "ranks_can_be_written_down",
+        DENSE,
+        [f"{CP}=32", f"{DP}=100000", "training.global_batch_size=100000"],
+        [f"{CP}=2"],
+        TP,
+        "is more than 1,000,000 ranks",
+    ),
+    (
         "dense_has_no_experts",
         DENSE,
         [f"{EP}=2"],

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_moe.config.schema.section import Fraction, PositiveFloat, PositiveInt, Section
+from megatron_moe.config.schema.section import Fraction, LayerCount, PositiveFloat, PositiveInt, Section
 
 
 class Model(Section):
     """The transformer."""
 
-    num_layers: PositiveInt
+    num_layers: LayerCount
     """Transformer layers."""
     hidden_size: PositiveInt
     """Width h of the residual stream."""

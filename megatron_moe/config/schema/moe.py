@@ -6,13 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_moe.config.schema.section import NonNegativeFloat, PositiveFloat, PositiveInt, Section
+from megatron_moe.config.schema.section import (
+    ExpertCount,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class MoE(Section):
     """The mixture of experts. Leave the section out for a dense model."""
 
-    num_moe_experts: PositiveInt
+    num_moe_experts: ExpertCount
     """Routed experts e in each MoE layer."""
     moe_router_topk: PositiveInt = 2
     """Experts k that each token goes to."""

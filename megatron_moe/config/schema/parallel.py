@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_moe.config.schema.section import NonNegativeInt, PositiveInt, Section
+from megatron_moe.config.schema.section import NonNegativeInt, RankCount, Section
 
 
 class Parallel(Section):
     """How the model and the batch are spread over ranks: ranks = TP x PP x CP x DP."""
 
-    tensor_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: RankCount = 1
     """TP: ranks that share each attention and dense matrix."""
-    pipeline_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: RankCount = 1
     """PP: pipeline stages."""
-    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    virtual_pipeline_model_parallel_size: RankCount | None = None
     """VPP: model chunks a pipeline rank (interleaved schedule). Default: 1, the plain 1F1B schedule."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: RankCount = 1
     """CP: ranks that share each sequence."""
-    expert_model_parallel_size: PositiveInt | None = None
+    expert_model_parallel_size: RankCount | None = None
     """EP: ranks that share the experts. Default: TP, which is Expert Data Parallelism (EDP); 1 without
     experts."""
-    expert_tensor_parallel_size: PositiveInt | None = None
+    expert_tensor_parallel_size: RankCount | None = None
     """ETP: ranks that share each expert's matrices. Default: 1 (it does not inherit TP)."""
-    data_parallel_size: PositiveInt | None = None
+    data_parallel_size: RankCount | None = None
     """DP: replicas. Default: under torchrun or srun what the number of ranks leaves, alone the smallest that
     EP allows."""
     sequence_parallel: bool | None = None

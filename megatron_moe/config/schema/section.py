@@ -8,6 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+LayerCount = Annotated[int, Field(ge=1, le=10_000)]
+ExpertCount = Annotated[int, Field(ge=1, le=100_000)]
+RankCount = Annotated[int, Field(ge=1, le=100_000)]
+"""Counts of what is written down one by one: beyond these a slip of the keyboard would fill the memory."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
