@@ -17,6 +17,7 @@ from megatron_moe.config.keys import (
     section_in,
     value_at,
 )
+from megatron_moe.config.megatron_core_rules import as_unknown_key
 from megatron_moe.config.origin import KeyPath, Origin, dotted, shown
 from megatron_moe.config.schema import Experiment, Section
 from megatron_moe.config.wording import expected, remedy
@@ -73,7 +74,9 @@ def check(
 def unknown_key(key: str, place: str) -> str:
     """The line for a key that the schema does not have; `place` is its prefix."""
     guess = meant(key)
-    section = key.rpartition(".")[0]
+    section, _, name = key.rpartition(".")
+    if (guess is None or not guess.endswith(f".{name}")) and (of_engine := as_unknown_key(name)) is not None:
+        return f"{place}{key}: unknown key; {of_engine}"
     if guess is not None:
         return f"{place}{key}: unknown key; did you mean {guess}?"
     known_section = schema_key(section)

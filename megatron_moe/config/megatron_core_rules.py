@@ -57,6 +57,21 @@ def own_key(field: str) -> str | None:
     return None
 
 
+def as_unknown_key(field: str) -> str | None:
+    """What to say of an unknown key that has the name of a field of Megatron-Core; None if it has not."""
+    try:
+        known = transformer_fields()
+    except NotInstalled:
+        return None
+    if field not in known:
+        return None
+    if (own := own_key(field)) is not None:
+        return f"did you mean {own}?"
+    if (reason := refusal(field, "native")) is not None:
+        return f"it is a field of Megatron-Core that cannot be set: {reason}"
+    return f"did you mean model.megatron_core.{field}?"
+
+
 def _meant(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return (

@@ -156,6 +156,22 @@ def test_messages(tmp_path: Path, entry: str, words: str) -> None:
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("model.qk_layernorm", "did you mean model.megatron_core.qk_layernorm?"),
+        ("moe.moe_router_score_function", "did you mean model.megatron_core.moe_router_score_function?"),
+        ("parallel.batch_p2p_comm", "it is a field of Megatron-Core that cannot be set: the trainer sets it"),
+        ("training.bf16", "did you mean training.precision?"),
+        ("model.moe_router_topk", "did you mean moe.moe_router_topk?"),
+        ("model.num_layer", "did you mean model.num_layers?"),
+    ],
+)
+def test_an_unknown_key_that_megatron_core_knows(tmp_path: Path, key: str, words: str) -> None:
+    (line,) = problems(tmp_path, MOE, [f"{key}=1"])
+    assert line.startswith(f"override {key}: unknown key; {words}")
+
+
 def test_a_field_for_experts_needs_experts(tmp_path: Path) -> None:
     entry = "model.megatron_core.moe_input_jitter_eps=0.1"
     assert problems(tmp_path, MOE, [entry]) == []

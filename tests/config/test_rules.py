@@ -47,7 +47,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [*SIX_HEADS, "model.num_query_groups=2", f"{TP}=3"],
         ["model.num_query_groups=3"],
         "model.num_query_groups",
-        f"2 is neither a multiple nor a divisor of {TP} (3, override); use 3, or tensor_model_parallel_size 1",
+        f"2 is neither a multiple nor a divisor of {TP} (3, override); use 3, or tensor_model_parallel_size",
     ),
     (
         "query_groups_over_tp",
