@@ -60,12 +60,15 @@ class Contender:
     step_s: list[float] = field(default_factory=list)
     processor_s: list[float] = field(default_factory=list)
     handing_over_s: list[float] = field(default_factory=list)
-    threads_s: list[float] = field(default_factory=list)
+    threads_s: float = 0.0
+    """Processor time of its sinks' threads a step, over all: at most that long they keep the training from
+    Python."""
 
     def forget(self) -> None:
         """Begin to measure."""
-        for measured in (self.step_s, self.processor_s, self.handing_over_s, self.threads_s):
+        for measured in (self.step_s, self.processor_s, self.handing_over_s):
             measured.clear()
+        self.threads_s = -_threads_s(self)
 
     @property
     def feeds(self) -> list[Feed]:
@@ -76,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/benchmark_sinks.py --repetitions 60 --steps 2",
+        epilog="example: python tools/benchmark_sinks.py --repetitions 40 --steps 3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "config", nargs="?", type=Path, default=QUICKSTART, help="default: configs/quickstart.yaml"
     )
-    parser.add_argument("--repetitions", type=int, default=60, help="turns of each (default: 60)")
-    parser.add_argument("--steps", type=int, default=2, help="training steps a turn (default: 2)")
+    parser.add_argument("--repetitions", type=int, default=40, help="turns of each (default: 40)")
+    parser.add_argument("--steps", type=int, default=3, help="training steps a turn (default: 3)")
     args = parser.parse_args(argv)
     os.environ.pop("WANDB_MODE", None)
     print(f"{_versions()}\n", flush=True)
@@ -111,7 +114,6 @@ def measure(config: Path, repetitions: int, steps: int) -> dict[str, Contender]:
             at = repetition % len(names)
             for name in names[at:] + names[:at]:
                 contender = contenders[name]
-                threads_before = _threads_s(contender)
                 started, processor, handing_over = time.perf_counter(), time.process_time(), 0.0
                 for _ in range(steps):
                     record = trainer.step(batches)
@@ -122,12 +124,12 @@ def measure(config: Path, repetitions: int, steps: int) -> dict[str, Contender]:
                 contender.step_s.append((time.perf_counter() - started) / steps)
                 contender.processor_s.append((time.process_time() - processor) / steps)
                 contender.handing_over_s.append(handing_over / steps)
-                contender.threads_s.append((_threads_s(contender) - threads_before) / steps)
             if repetition < 0:
                 _wait_for_wandb(Path(folder))
                 for contender in contenders.values():
                     contender.forget()
         for contender in contenders.values():
+            contender.threads_s = (contender.threads_s + _threads_s(contender)) / (steps * repetitions)
             for callback in contender.callbacks:
                 callback.on_end(trainer)
             assert not any(feed.said for feed in contender.feeds), "a sink did not get through"
@@ -145,7 +147,7 @@ def _contender(trainer: Trainer, experiment: Experiment, folder: Path) -> Conten
 
 
 def _threads_s(contender: Contender) -> float:
-    """Processor time of its sinks' threads so far: at most that long they keep the training from Python."""
+    """Processor time of its sinks' threads so far."""
     idents = [feed.thread.ident for feed in contender.feeds]
     return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in idents if ident is not None)
 
@@ -172,11 +174,11 @@ def rows(contenders: dict[str, Contender]) -> list[list[str]]:
         if name == ALONE:
             cells += [""] * (len(COLUMNS) - 2)
         else:
-            per_step = median(measured.threads_s)
             cells.append(more(measured.step_s, alone.step_s))
             cells.append(more(measured.processor_s, alone.processor_s))
             cells.append(_spread([1e6 * seconds for seconds in measured.handing_over_s], "{:.0f}"))
-            cells.append(f"{1e3 * per_step:.2f} ({100 * per_step / median(alone.step_s):.2f} % of a step)")
+            share = 100 * measured.threads_s / median(alone.step_s)
+            cells.append(f"{1e3 * measured.threads_s:.2f} ({share:.2f} % of a step)")
         table.append([name, *cells])
     return table
 
