@@ -73,6 +73,7 @@ NOT_SETTABLE: dict[str, str] = {
     r"glu_linear_offset|activation_func_clamp_value|use_fused_weighted_squared_relu": _EXPERTS,
     r"moe_apply_probs_on_input|moe_token_dropping|moe_enable_routing_replay": _EXPERTS,
     r"moe_pad_expert_input_to_capacity|moe_router_quantile_balancing_ema": _EXPERTS,
+    r"moe_router_topk_limited_devices": "moe_router_group_topk took its place",
     r"moe_use_legacy_grouped_gemm|moe_router_force_biased": _EXPERTS,
     r"apply_residual_connection_post_layernorm|async_tensor_model_parallel_allreduce": _IGNORED,
     r"\w*cuda_graph\w*|(use_)?inference_\w+|nccl_all_reduce_for_prefill|mlp_chunks_for_\w+": _SERVING,

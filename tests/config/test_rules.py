@@ -19,7 +19,8 @@ TP, PP, CP = P + "tensor_model_parallel_size", P + "pipeline_model_parallel_size
 EP, ETP, DP = P + "expert_model_parallel_size", P + "expert_tensor_parallel_size", P + "data_parallel_size"
 VPP, SP = P + "virtual_pipeline_model_parallel_size", P + "sequence_parallel"
 PREPARED = DENSE.replace("data: {kind: mock, tokenizer: {kind: bytes}}", "data: {prepare: {input: [x.txt]}}")
-BIASES = "model.megatron_core.add_bias_linear=true"
+M = "model.megatron_core."
+BIASES = f"{M}add_bias_linear=true"
 NO_ROPE = ["model.position_embedding_type=none"]
 SIX_HEADS = ["model.num_attention_heads=6", "model.kv_channels=16", "model.ffn_hidden_size=96", f"{SP}=false"]
 
@@ -120,6 +121,106 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{CP}=2"],
         TP,
         "is more than 1,000,000 ranks",
+    ),
+    (
+        "shared_expert_options",
+        MOE,
+        [f"{M}moe_shared_expert_gate=true"],
+        ["moe.moe_shared_expert_intermediate_size=32"],
+        f"{M}moe_shared_expert_gate",
+        "has no effect without moe.moe_shared_expert_intermediate_size",
+    ),
+    (
+        "shared_expert_options",
+        MOE,
+        [
+            f"{M}moe_shared_expert_overlap=true",
+            "moe.moe_shared_expert_intermediate_size=32",
+            "moe.moe_token_dispatcher_type=allgather",
+        ],
+        ["moe.moe_token_dispatcher_type=alltoall"],
+        f"{M}moe_shared_expert_overlap",
+        "overlaps the sends of alltoall, which moe.moe_token_dispatcher_type",
+    ),
+    (
+        "expert_bias_needs_sigmoid",
+        MOE,
+        [f"{M}moe_router_enable_expert_bias=true"],
+        [f"{M}moe_router_score_function=sigmoid"],
+        f"{M}moe_router_enable_expert_bias",
+        "does not go with a softmax",
+    ),
+    (
+        "expert_bias_needs_sigmoid",
+        MOE,
+        [f"{M}moe_router_bias_update_rate=0.1"],
+        [f"{M}moe_router_enable_expert_bias=true", f"{M}moe_router_score_function=sigmoid"],
+        f"{M}moe_router_bias_update_rate",
+        "has no effect without",
+    ),
+    (
+        "groups_of_experts",
+        MOE,
+        [f"{M}moe_router_num_groups=4"],
+        [f"{M}moe_router_group_topk=2"],
+        f"{M}moe_router_num_groups",
+        f"4 needs {M}moe_router_group_topk",
+    ),
+    (
+        "groups_of_experts",
+        MOE,
+        [f"{M}moe_router_num_groups=3", f"{M}moe_router_group_topk=1"],
+        [f"{M}moe_router_num_groups=4"],
+        f"{M}moe_router_num_groups",
+        "3 does not divide moe.num_moe_experts",
+    ),
+    (
+        "groups_of_experts",
+        MOE,
+        [f"{M}moe_router_num_groups=2", f"{M}moe_router_group_topk=4", "moe.moe_router_topk=4"],
+        [f"{M}moe_router_group_topk=2"],
+        f"{M}moe_router_group_topk",
+        "4 is more than",
+    ),
+    (
+        "groups_of_experts",
+        MOE,
+        [f"{M}moe_router_num_groups=4", f"{M}moe_router_group_topk=2", "moe.moe_router_topk=5"],
+        ["moe.moe_router_topk=4"],
+        f"{M}moe_router_group_topk",
+        "2 groups of 2 experts do not hold moe.moe_router_topk (5, override) choices",
+    ),
+    (
+        "rotary_options",
+        DENSE,
+        [f"{M}rotary_interleaved=true", *NO_ROPE],
+        ["model.position_embedding_type=rope"],
+        f"{M}rotary_interleaved",
+        "has no effect on positions other than rope",
+    ),
+    (
+        "rotary_options",
+        DENSE,
+        [f"{M}no_rope_freq=3"],
+        [f"{M}no_rope_freq=2"],
+        f"{M}no_rope_freq",
+        "3 does not divide model.num_layers (4, experiment.yaml:2); use 1, 2 or 4",
+    ),
+    (
+        "rotary_options",
+        DENSE,
+        [f"{M}no_rope_freq=[0, 1]"],
+        [f"{M}no_rope_freq=[0, 1, 0, 1]"],
+        f"{M}no_rope_freq",
+        "has 2 entries and not one for each",
+    ),
+    (
+        "one_norm_of_queries",
+        DENSE,
+        [f"{M}qk_layernorm=true", f"{M}qk_l2_norm=true"],
+        [f"{M}qk_l2_norm=false"],
+        f"{M}qk_layernorm",
+        "has no effect beside",
     ),
     (
         "dense_has_no_experts",

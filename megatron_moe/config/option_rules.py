@@ -1,0 +1,94 @@
+"""Rules about fields of Megatron-Core under `model.megatron_core` that need each other, or keys of ours.
+
+Megatron-Core refuses some of these combinations when a rank builds its model, and passes over others without
+a word.
+"""
+
+from __future__ import annotations
+
+from megatron_moe.config.defaults import divisors_of
+from megatron_moe.config.origin import Problem
+from megatron_moe.config.rule import Problems
+from megatron_moe.config.schema import Experiment
+
+_PREFIX = "model.megatron_core."
+_SHARED = "moe.moe_shared_expert_intermediate_size"
+_GROUPS, _CHOSEN = f"{_PREFIX}moe_router_num_groups", f"{_PREFIX}moe_router_group_topk"
+
+
+def shared_expert_options(e: Experiment) -> Problems:
+    """Options of shared experts need some, and their overlap needs the sends of all-to-all."""
+    if e.moe is None:
+        return
+    fields = e.model.megatron_core
+    for name in ("moe_shared_expert_gate", "moe_shared_expert_overlap"):
+        if fields.get(name) and e.moe.moe_shared_expert_intermediate_size is None:
+            key = _PREFIX + name
+            yield Problem((key, _SHARED), f"has no effect without {_SHARED}", "set that, or leave this out")
+    dispatcher = "moe.moe_token_dispatcher_type"
+    if fields.get("moe_shared_expert_overlap") and e.moe.moe_token_dispatcher_type != "alltoall":
+        key = f"{_PREFIX}moe_shared_expert_overlap"
+        text = f"overlaps the sends of alltoall, which {dispatcher} is not"
+        yield Problem((key, dispatcher), text, f"set {dispatcher} to alltoall, or leave this out")
+
+
+def expert_bias_needs_sigmoid(e: Experiment) -> Problems:
+    """Megatron-Core balances by biases (DeepSeek-V3) where scores are not shares of one."""
+    fields, score = e.model.megatron_core, f"{_PREFIX}moe_router_score_function"
+    enabled, rate = f"{_PREFIX}moe_router_enable_expert_bias", f"{_PREFIX}moe_router_bias_update_rate"
+    if fields.get("moe_router_enable_expert_bias"):
+        if fields.get("moe_router_score_function", "softmax") == "softmax":
+            yield Problem(
+                (enabled, score), f"does not go with a softmax in {score}", f"set {score} to sigmoid"
+            )
+    elif "moe_router_bias_update_rate" in fields:
+        yield Problem(
+            (rate, enabled), f"has no effect without {enabled}", "set that to true, or leave this out"
+        )
+
+
+def groups_of_experts(e: Experiment) -> Problems:
+    """Group-limited routing (DeepSeek-V2): experts lie in groups, and a token chooses groups first."""
+    groups = e.model.megatron_core.get("moe_router_num_groups")
+    chosen = e.model.megatron_core.get("moe_router_group_topk")
+    if e.moe is None or not isinstance(groups or chosen, int):
+        return
+    experts, topk = "moe.num_moe_experts", "moe.moe_router_topk"
+    if not groups or not chosen:
+        keys = (_GROUPS, _CHOSEN) if groups else (_CHOSEN, _GROUPS)
+        yield Problem(keys, f"needs {keys[1]}", "set both, or none")
+    elif e.moe.num_moe_experts % groups:
+        text, advice = f"does not divide {experts}", f"use {divisors_of(e.moe.num_moe_experts)}"
+        yield Problem((_GROUPS, experts), text, advice)
+    elif chosen > groups:
+        yield Problem((_CHOSEN, _GROUPS), f"is more than {_GROUPS}", f"use at most {groups}")
+    elif not chosen <= e.moe.moe_router_topk <= chosen * (e.moe.num_moe_experts // groups):
+        inside = e.moe.num_moe_experts // groups
+        text = f"groups of {inside} experts do not hold {topk} choices with one in each"
+        yield Problem((_CHOSEN, topk), text, f"use from {chosen} to {chosen * inside} choices")
+
+
+def rotary_options(e: Experiment) -> Problems:
+    """Options of rotary positions need those, and a pattern of layers fits the layers."""
+    fields, kind, layers = e.model.megatron_core, "model.position_embedding_type", e.model.num_layers
+    for name in ("rotary_interleaved", "no_rope_freq"):
+        if fields.get(name) and e.model.position_embedding_type != "rope":
+            text = f"has no effect on positions other than rope in {kind}"
+            yield Problem((_PREFIX + name, kind), text, f"set {kind} to rope, or leave this out")
+    key, every = f"{_PREFIX}no_rope_freq", fields.get("no_rope_freq")
+    if isinstance(every, list) and len(every) != layers:
+        text = f"has {len(every)} entries and not one for each of the model.num_layers"
+        yield Problem(
+            (key, "model.num_layers"), text, f"give it {layers} entries, 1 for a layer without rope"
+        )
+    elif isinstance(every, int) and every and (every < 0 or layers % every):
+        yield Problem(
+            (key, "model.num_layers"), "does not divide model.num_layers", f"use {divisors_of(layers)}"
+        )
+
+
+def one_norm_of_queries(e: Experiment) -> Problems:
+    """Queries and keys have one norm."""
+    fields, keys = e.model.megatron_core, (f"{_PREFIX}qk_layernorm", f"{_PREFIX}qk_l2_norm")
+    if fields.get("qk_layernorm") and fields.get("qk_l2_norm"):
+        yield Problem(keys, f"has no effect beside {keys[1]}", "leave one of the two out")
