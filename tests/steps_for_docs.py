@@ -26,7 +26,13 @@ def written_keys(folder: Path) -> set[str]:
     for number, sources in enumerate((prepare, {"blend": {"one": prepare, "other": prepare}})):
         tiny = experiment(
             model={"vocab_size": 300},
-            training={"train_iters": 2, "eval_interval": 1, "eval_iters": 1},
+            training={
+                "train_iters": 2,
+                "eval_interval": 1,
+                "eval_iters": 1,
+                "rampup_batch_size": [4, 4, 8] if number else None,
+            },
+            optimizer={"lr": 1e-2, "decoupled_lr": 1e-3, "expert_lr": 1e-3},
             logging={"root": str(folder / "runs"), "detail_interval": 1},
             data={"tokenizer": {"kind": "bytes"}, **sources},
         )

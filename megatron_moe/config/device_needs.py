@@ -49,7 +49,7 @@ DEEP_EP = {
     "hybridep": Package("deep_ep", "build it from the branch hybrid-ep of github.com/deepseek-ai/DeepEP"),
 }
 FP8_RECIPES: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = {
-    "delayed": ((1, 0), (8, 9)),
+    "delayed": ((1, 11), (8, 9)),
     "tensorwise": ((2, 2), (8, 9)),
     "blockwise": ((2, 3), (9, 0)),
     "mxfp8": ((2, 1), (10, 0)),

@@ -25,16 +25,17 @@ class Optimizer(Section):
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the decay, and after it."""
     decoupled_lr: PositiveFloat | None = None
-    """Peak learning rate of the embedding and the output layer. Default: lr."""
+    """Peak learning rate of the word embedding and the output layer, tied or not; learned positions have the
+    main one. Default: lr."""
     decoupled_min_lr: NonNegativeFloat | None = None
     """The same at the end of the decay. Default: min_lr."""
     expert_lr: PositiveFloat | None = None
-    """Peak learning rate of the routed experts. Default: lr."""
+    """Peak learning rate of the routed experts; routers and shared experts have the main one. Default: lr."""
     expert_min_lr: NonNegativeFloat | None = None
     """The same at the end of the decay. Default: min_lr."""
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
-    """Shape of the decay after the warm-up. `inverse-square-root`: lr x sqrt(warm-up / iteration). `WSD`:
-    stable at lr, then a decay over the last lr_wsd_decay_iters."""
+    """Shape of the decay after the warm-up. `inverse-square-root`: lr x sqrt(lr_warmup_iters / iteration), at
+    least min_lr. `WSD`: stable at lr, then a decay over the last lr_wsd_decay_iters."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of the final decay under `WSD`."""
     lr_wsd_decay_iters: PositiveInt | None = None
@@ -56,17 +57,18 @@ class Optimizer(Section):
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient norm is clipped to this; 0: not at all."""
     use_precision_aware_optimizer: bool = False
-    """Keep the optimizer's state in the dtypes below. Needs Transformer Engine."""
+    """Keep the optimizer's state in the dtypes below. Needs Transformer Engine and a GPU."""
     main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Gradients that the precision-aware optimizer reads."""
+    """Gradients that the precision-aware optimizer reads. `bf16` needs parallel.grad_reduce_in_fp32 false."""
     exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
     """First moment of the precision-aware optimizer."""
     exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
     """Second moment of the precision-aware optimizer."""
     optimizer_cpu_offload: bool = False
-    """Keep the optimizer's state in the host's memory and step there. Needs a GPU, whose memory it saves."""
+    """Keep the optimizer's state in the host's memory and step there. Needs a GPU, whose memory it saves, and
+    bf16."""
     optimizer_offload_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Part of the state that is offloaded."""
+    """Part of the state that is offloaded, at least: whole weights are."""
 
 
 class Training(Section):
@@ -78,7 +80,7 @@ class Training(Section):
     """Sequences a step, over all replicas and microbatches."""
     rampup_batch_size: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)] | None = None
     """[start, increment, samples]: begin with a global batch of `start` sequences and add `increment` at
-    equal distances, so that global_batch_size is reached after so many samples. Default: none."""
+    equal distances of samples, so that global_batch_size is reached after so many. Default: none."""
     micro_batch_size: PositiveInt = 1
     """Sequences b that one replica runs at once."""
     seq_length: PositiveInt
@@ -91,13 +93,13 @@ class Training(Section):
     """Matrix products in FP8: E4M3, or `hybrid` with E5M2 for gradients. Needs Transformer Engine and a GPU
     with FP8 units."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """How FP8 scales are found."""
+    """How FP8 scales are found. `blockwise` needs compute capability 9.0, `mxfp8` 10.0, the others 8.9."""
     calculate_per_token_loss: bool = False
     """Divide the loss by the targets of the whole global batch. False: by those of each microbatch, and the
     mean over microbatches, so that a target in a microbatch with much padding weighs more."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the fp32 buffer inside the matrix product. Needs Transformer Engine or apex,
-    and a GPU."""
+    """Add weight gradients to the fp32 buffer inside the matrix product. Needs apex's
+    fused_weight_gradient_mlp_cuda, also beside Transformer Engine, and a GPU."""
     eval_interval: PositiveInt | None = None
     """Evaluate on the validation part every so many iterations, and at the end. Default: never."""
     eval_iters: PositiveInt = 10
