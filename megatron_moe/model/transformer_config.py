@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_moe.config.device_needs import needs_of
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.plan import Plan
@@ -32,7 +33,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
     """The TransformerConfig of the ranks of one pipeline rank.
 
     Pipeline ranks may recompute different numbers of layers, so that each has a config of its own. Raises
-    InputError where Megatron-Core refuses what `model.megatron_core` adds.
+    InputError where Megatron-Core refuses what `model.megatron_core` adds, or the installed kernels.
     """
     from megatron.core.transformer import TransformerConfig
 
@@ -48,12 +49,15 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
     try:
         config = TransformerConfig(**fields, **further | {BIASES: False})
     except (AssertionError, TypeError, ValueError) as error:
-        if not further:
+        named = [need.key for need in needs_of(experiment)]
+        if further:
+            entries = ", ".join(f"{name}: {value}" for name, value in further.items())
+            named.insert(0, f"model.megatron_core ({entries})")
+        if not named:
             raise
-        entries = ", ".join(f"{name}: {value}" for name, value in further.items())
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(
-            f"model.megatron_core ({entries}): Megatron-Core refuses this in the experiment: {reason}; "
+            f"{', '.join(named)}: Megatron-Core refuses this in the experiment: {reason}; "
             "change or leave out what it names"
         ) from error
     # Not before its checks: they refuse experts with biases where ETP > 1, which its own add up wrongly.

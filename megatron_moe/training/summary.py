@@ -11,6 +11,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.data.blend import Blend
 from megatron_moe.engine.fast_paths import said_at_start
 from megatron_moe.engine.machine import look
+from megatron_moe.plan.batch_ramp import ramp_steps
 from megatron_moe.training.callbacks.curves import CURVES
 from megatron_moe.training.terminal import say
 from megatron_moe.training.trainer import Trainer
@@ -30,6 +31,12 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
     ]
     if missing := said_at_start(look()):
         lines.append(missing)
+    training, steps = trainer.experiment.training, ramp_steps(trainer.experiment.training)
+    if trainer.iteration < steps and training.rampup_batch_size is not None:
+        lines.append(
+            f"The global batch grows from {training.rampup_batch_size[0]} to {training.global_batch_size} "
+            f"sequences, which step {steps + 1} is the first to have"
+        )
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters
         lines.append(f"Resuming from {resumed_from}: {done} of {_plural(wanted, 'step')} done")

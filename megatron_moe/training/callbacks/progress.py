@@ -81,6 +81,8 @@ class ProgressBar(Callback):
             f"step {record['iteration']:>{len(str(wanted))}}/{wanted}  "
             f"{_numbers(record)}  lr {record['lr']:.2e}  grad norm {record['grad_norm']:.3f}"
         )
+        if "global_batch_size" in record:
+            line += f"  batch {record['global_batch_size']}"
         if "skipped" in record:
             line += f"  skipped: {record['skipped']}"
         assert self.log is not None
