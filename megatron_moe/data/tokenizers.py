@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.tokenizer_files import BYTES_VOCAB_SIZE, sentencepiece_model
-from megatron_moe.data.cutting import Cuts
+from megatron_moe.data.cutting import Cuts, parts
 
 SPACE = "\u2581"
 """What sentencepiece writes for a space inside its pieces."""
 
+_PART_CHARACTERS = 2000
 _PROBE = "a\n b  \n\n\tc \n"
 
 
@@ -92,9 +92,9 @@ class SentencePieceTokenizer:
         self.cuts: Cuts = "behind newlines" if self._keeps_lines_apart() else "nowhere"
 
     def encode(self, text: str) -> list[int]:
-        # Line by line where that gives the same ids: sentencepiece's time grows faster than a text's length.
-        lines = [text] if self.cuts == "nowhere" else split_lines(text)
-        return list(chain.from_iterable(self._encode_parts(lines)))
+        # In parts where that gives the same ids: sentencepiece's time grows faster than a text's length.
+        cut = parts(text, self.cuts, _PART_CHARACTERS)
+        return [token for part in cut for token in self._encode_part(part)]
 
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [as_array(self.encode(text)) for text in texts]
@@ -103,12 +103,9 @@ class SentencePieceTokenizer:
         """The text of `ids`; ends of documents vanish."""
         return str(self._processor.decode([token for token in ids if token != self.eod]))
 
-    def _encode_parts(self, parts: list[str]) -> list[list[int]]:
-        if not self._space_ids or not any(SPACE in part for part in parts):
-            return list(self._processor.encode(parts, num_threads=1))
-        return [self._encode_spaces(part) for part in parts]
-
-    def _encode_spaces(self, text: str) -> list[int]:
+    def _encode_part(self, text: str) -> list[int]:
+        if not self._space_ids or SPACE not in text:
+            return list(self._processor.encode(text))
         first, *others = text.split(SPACE)
         ids = list(self._processor.encode(first))
         for other in others:
