@@ -106,3 +106,10 @@ def test_resume_lets_files_move_but_no_weight_change(tmp_path: Path) -> None:
         allowed, refused = differences(old, moved)
         assert [key for key, _, _ in allowed] == ["data.blend.web.path"]
         assert refused == [("data.blend.web.weight", 0.7, 0.8)]
+
+
+def test_the_example_of_the_docs_is_right(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```yaml\n(data:\n  blend:\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    experiment = loaded(tmp_path, BLEND.partition("data:")[0] + example, "model.vocab_size=2048").experiment
+    assert experiment.data.blend is not None and len(experiment.data.blend) == 3

@@ -3,8 +3,11 @@ would for each document alone."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import attention_on_ranks
 import documents_on_ranks
@@ -21,11 +24,11 @@ from megatron_moe.model import causal
 from megatron_moe.model.attention import CoreAttention
 
 
-def by_formula(query: Tensor, key: Tensor, value: Tensor, starts: Tensor) -> Tensor:
+def by_formula(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float = 8**-0.5) -> Tensor:
     """[s, b, n, d], [s, b, g, d] twice, [b, s] -> [s, b, n * d], with a mask of s x s."""
     share = query.size(2) // key.size(2)
     key, value = (x.repeat_interleave(share, dim=2) for x in (key, value))
-    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * query.size(-1) ** -0.5
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
     document = starts.cumsum(1)
     sees = (document[:, :, None] == document[:, None, :]).tril()
     probs = scores.masked_fill(~sees[:, None], -math.inf).softmax(-1)
@@ -42,6 +45,13 @@ def sample(length: int = 32, groups: int = 2) -> tuple[list[Tensor], Tensor, Ten
     starts[0, [0, 1, 6, 9, 24]] = True  # among them one of a single token, and one over the middle
     starts[1, 0] = True
     return inputs, upstream, starts
+
+
+def alone() -> CoreAttention:
+    config = SimpleNamespace(
+        kv_channels=8, attention_dropout=0.0, sequence_parallel=False, context_parallel_size=1
+    )
+    return CoreAttention(config, 1, None, "self")
 
 
 def gradients(output: Tensor, leaves: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -76,14 +86,41 @@ def test_segments_tell_each_rank_what_its_queries_see(cuts: list[list[bool]], si
 def test_attention_of_documents(groups: int) -> None:
     inputs, upstream, starts = sample(groups=groups)
     leaves = [x.requires_grad_() for x in inputs]
-    config = SimpleNamespace(
-        kv_channels=8, attention_dropout=0.0, sequence_parallel=False, context_parallel_size=1
-    )
-    attention = CoreAttention(config, 1, None, "self")
-    actual = gradients(attention(*leaves, segments(starts, 0, 1)), leaves, upstream)
+    actual = gradients(alone()(*leaves, segments(starts, 0, 1)), leaves, upstream)
     expected = gradients(by_formula(*leaves, starts), leaves, upstream)
     for mine, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.second_pair
+def test_the_kernel_for_documents_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU torch's kernel does this: here one stands in for it that takes the same arguments."""
+    from torch.nn.attention import varlen
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*arguments: Any, **options: Any) -> Tensor:
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        assert given["cu_seq_q"].dtype == given["cu_seq_k"].dtype == torch.int32
+        assert given["window_size"] == (-1, 0), "causal"
+        assert given["enable_gqa"] and given["max_q"] >= 15 and given["max_k"] >= 15
+        ends = given["cu_seq_q"].tolist()
+        assert given["cu_seq_k"].tolist() == ends
+        parts = []
+        for begin, end in itertools.pairwise(ends):
+            x = (given[name][begin:end, None] for name in ("query", "key", "value"))
+            whole = torch.arange(end - begin)[None] == 0
+            parts.append(by_formula(*x, whole, given["scale"]).view(end - begin, -1, 8))
+        return torch.cat(parts)
+
+    inputs, _, starts = sample()
+    monkeypatch.setattr(causal, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    torch.testing.assert_close(
+        alone()(*inputs, segments(starts, 0, 1)), by_formula(*inputs, starts), rtol=1e-11, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -44,6 +44,13 @@ def evaluated_by_hand(experiment: Experiment, run: Path) -> dict[str, float]:
     return {"eval/loss": float(everything.mean()), **of_sources}
 
 
+def epochs(experiment: Experiment, run: Path, steps: int) -> tuple[int, list[float]]:
+    """Samples of the training part, and what each of the first steps says of epochs."""
+    trainer = begin(experiment, run)
+    batches = trainer.microbatches(trainer.datasets.train, 0, shuffle=True)
+    return len(trainer.datasets.train), [trainer.step(batches)["epoch"] for _ in range(steps)]
+
+
 def shared(experiment: Experiment, run: Path, masks: list[dict[str, Tensor]]) -> list[set[str]]:
     """The keys of microbatches that come with these masks."""
     begin(experiment, run)

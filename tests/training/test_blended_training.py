@@ -63,6 +63,15 @@ def test_one_source_alone_is_not_told_apart(described: Any, tmp_path: Path) -> N
     assert found.keys() == {"eval/loss"}
 
 
+def test_epochs_of_data_that_is_not_blended(described: Any, tmp_path: Path) -> None:
+    made = described()
+    assert made.data.blend is not None
+    data = made.data.model_copy(update={"blend": None, "prepare": made.data.blend["few"].prepare})
+    (found,) = ranks(1).run(on_ranks.epochs, made.model_copy(update={"data": data}), tmp_path / "run", 3)
+    samples, epochs = found
+    assert epochs == pytest.approx([4 / samples, 8 / samples, 12 / samples])
+
+
 def test_a_run_goes_on_where_it_was_in_every_source(described: Any, tmp_path: Path) -> None:
     """Over the end of the smaller source's epoch; to the bit."""
     made = described()
