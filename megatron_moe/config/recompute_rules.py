@@ -84,13 +84,9 @@ def _lacking(e: Experiment, module: str) -> str | None:
         return None if module == "mlp" else "moe"
     if module == "shared_experts" and e.moe.moe_shared_expert_intermediate_size is None:
         return "moe.moe_shared_expert_intermediate_size"
-    # The first layer is MoE under every number.
-    kinds = (
-        e.moe.moe_layer_freq
-        if isinstance(e.moe.moe_layer_freq, list)
-        else [1, int(e.moe.moe_layer_freq == 1)]
-    )
-    return "moe.moe_layer_freq" if int(module != "mlp") not in kinds else None
+    kinds = e.moe.moe_layer_freq
+    only_experts = all(kinds) if isinstance(kinds, list) else kinds == 1
+    return "moe.moe_layer_freq" if module == "mlp" and only_experts else None
 
 
 def modules_can_be_recomputed(e: Experiment) -> Problems:

@@ -17,7 +17,10 @@ Difference = tuple[str, Any, Any]
 ALLOWED: dict[str, str] = {
     r"name|logging\..*|launch\..*|resilience\..*|checkpoint\..*": "they do not reach the computation",
     r"training\.(train_iters|eval_interval|eval_iters)": "how long, and what is looked at on the way",
-    r"(parallel|pipeline|recompute)\..*": "checkpoints fit every layout, and none changes the mathematics",
+    # Gradients that are reduced in another precision are others.
+    r"(parallel\.(?!grad_reduce_in_fp32)|pipeline\.|recompute\.).*": (
+        "checkpoints fit every layout, and none changes the mathematics"
+    ),
     # An aux loss over a microbatch then has another value, as its docstring says.
     r"training\.micro_batch_size": "the order of the data goes by the global batch",
     r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model": (

@@ -19,7 +19,7 @@ def use_for_norms() -> None:
     """Let Megatron-Core's layers recompute their norms with `DiscardedOutput`."""
     from megatron.core import tensor_parallel
 
-    tensor_parallel.CheckpointWithoutOutput = DiscardedOutput  # type: ignore[misc, assignment]
+    tensor_parallel.CheckpointWithoutOutput = DiscardedOutput
 
 
 class DiscardedOutput:

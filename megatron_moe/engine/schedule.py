@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device, width: int = 2) 
     return [float(value) for value in total]
 
 
-def mean_targets(microbatches: list[dict[str, Tensor]]) -> Tensor:
+def mean_targets(microbatches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """[] The targets of the global batch over its microbatches; 1 target where there is none. A collective
     over the replicas.
 

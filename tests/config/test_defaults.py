@@ -45,6 +45,29 @@ def test_defaults_of_a_dense_model(tmp_path: Path) -> None:
     assert (p.data_parallel_size, p.sequence_parallel) == (1, False)
 
 
+@pytest.mark.parametrize(
+    ("said", "granularity", "modules", "counts"),
+    [
+        ([], "none", [], [0, 0]),
+        (["layers_per_stage=[0, 1]"], "full", [], [0, 1]),
+        (["granularity=full"], "full", [], [1, 2]),
+        (["granularity=full", "method=uniform"], "full", [], [1, 1]),
+        (["granularity=selective"], "selective", ["core_attn"], [0, 0]),
+        (["modules=[layernorm]"], "selective", ["layernorm"], [0, 0]),
+    ],
+)
+def test_recompute_follows_from_what_is_said_of_it(
+    tmp_path: Path, said: list[str], granularity: str, modules: list[str], counts: list[int]
+) -> None:
+    uneven = [
+        f"{PP}=2",
+        f"{VPP}=2",
+        "pipeline.layers_per_stage=[1, 2, 1, 0]",
+    ]
+    r = loaded(tmp_path, DENSE, *uneven, *(f"recompute.{key}" for key in said)).experiment.recompute
+    assert (r.granularity, r.modules, r.layers_per_stage) == (granularity, modules, counts)
+
+
 def test_experts_lie_over_the_tensor_parallel_ranks(tmp_path: Path) -> None:
     e = loaded(tmp_path, MOE, f"{TP}=2", f"{PP}=2", "model.ffn_hidden_size=96").experiment
     p = e.parallel

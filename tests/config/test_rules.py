@@ -9,6 +9,7 @@ from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from experiment_files import DENSE, MOE, problems
 from optimizer_rule_cases import OPTIMIZER_CASES
+from recompute_rule_cases import RECOMPUTE_CASES
 from sink_rule_cases import SINK_CASES
 from tokenizer_rule_cases import TOKENIZER_CASES
 
@@ -213,6 +214,14 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{M}no_rope_freq=[0, 1, 0, 1]"],
         f"{M}no_rope_freq",
         "has 2 entries and not one for each",
+    ),
+    (
+        "biases_of_recomputed_layers",
+        DENSE,
+        [BIASES, "recompute.modules=[mlp]"],
+        ["recompute.modules=[core_attn]"],
+        "model.megatron_core.add_bias_linear",
+        "does not go with mlp in recompute.modules",
     ),
     (
         "one_norm_of_queries",
@@ -453,6 +462,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *OPTIMIZER_CASES,
     *TOKENIZER_CASES,
     *DEVICE_CASES,
+    *RECOMPUTE_CASES,
     *SINK_CASES,
 ]
 

@@ -86,10 +86,10 @@ def watch(experiment: Experiment, folder: Path, steps: int, bucket_size: int | N
         for step in range(steps):
             seen.records.append(trainer.step(batches))
             if step % 2:
-                seen.held_out.append(trainer.evaluate(held_out, 1))
+                seen.held_out.append(trainer.evaluate(held_out, 1)["eval/loss"])
             seen.weights.append(_named(pieces.of_weights(trainer.chunks)))
             if not step % 2:
-                seen.held_out.append(trainer.evaluate(held_out, 1))
+                seen.held_out.append(trainer.evaluate(held_out, 1)["eval/loss"])
     return seen
 
 

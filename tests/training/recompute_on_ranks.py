@@ -16,7 +16,7 @@ from megatron_moe.engine.checkpoint import unwrap
 
 def counted(experiment: Experiment, folder: Path) -> tuple[Counter[str], int]:
     """How often each kind of module ran in one microbatch's forward and backward pass, and the bytes that the
-    forward pass left for the backward pass."""
+    forward pass left for the backward pass, weights not counted."""
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -55,5 +55,7 @@ def counted(experiment: Experiment, folder: Path) -> tuple[Counter[str], int]:
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     # Only now: what was thrown away after its last use is gone.
     memory = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    for weight in model.parameters():
+        memory.pop(weight.untyped_storage()._cdata, None)
     losses.mean().backward()
     return calls, sum(memory.values())

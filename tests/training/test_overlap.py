@@ -41,6 +41,16 @@ def test_it_overlaps(tmp_path):
         assert stale
 
 
+def test_bf16_gradients_are_reduced_in_bf16_on_request_only(tmp_path):
+    """In fp32 there is nothing that could be reduced with fewer digits."""
+    narrow = {"grad_reduce_in_fp32": False}
+    found = apart(tmp_path, layout(dp=2), narrow)
+    assert found == on_ranks.Apart(0, 0, 0, 0, 0, buckets=1)
+    found = apart(tmp_path, layout(dp=2), narrow | OVERLAP, training={"precision": "bf16"})
+    assert found.loss < 0.02 and found.held_out < 0.02
+    assert found.gradients > 1e-4, "bf16 rounds"
+
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {"parallel": layout(dp=2)},
     "DP2, gradients only": {"parallel": layout(dp=2), "options": {"overlap_grad_reduce": True}},

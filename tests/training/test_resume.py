@@ -36,6 +36,14 @@ def close(a: list[dict], b: list[dict]) -> None:
             id="PP2, uneven, recompute, dropout",
         ),
         pytest.param({"parallel": layout(dp=2), "moe": None}, 2, id="DP2, dense"),
+        pytest.param(
+            {
+                "parallel": layout(dp=2, overlap_grad_reduce=True, overlap_param_gather=True),
+                "training": {"precision": "bf16", "eval_interval": 1, "eval_iters": 1},
+            },
+            2,
+            id="DP2, overlapped, bf16",
+        ),
     ],
 )
 def test_to_the_bit(tmp_path, sections, world_size):

@@ -35,7 +35,7 @@ class Parallel(Section):
     overlap_grad_reduce."""
     grad_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in fp32. False: in the precision of the weights, which halves the
-    traffic under bf16."""
+    traffic under bf16, and is the same under fp32."""
 
 
 class Pipeline(Section):
@@ -57,12 +57,12 @@ class Recompute(Section):
     """Recomputed layers of each pipeline rank (PP entries; within VPP of each chunk of that rank). Default:
     all layers under granularity `full`, else none."""
     method: Literal["block", "uniform"] = "block"
-    """`block` recomputes the first n layers of a stage, each by itself; `uniform` recomputes every layer of
-    the stage, in groups of n that keep only their input."""
+    """Under granularity `full`. `block` recomputes the first n layers of a stage, each by itself; `uniform`
+    recomputes every layer of the stage, in groups of n that keep only their input."""
     modules: list[Literal["core_attn", "layernorm", "moe_act", "mlp", "moe", "shared_experts"]] | None = None
-    """What `selective` recomputes in each layer: core attention, norms, the experts' activation, dense
-    feed-forwards, whole MoE layers, shared experts. Default: core_attn under granularity `selective`, else
-    nothing."""
+    """What `selective` recomputes in each layer: core attention (which keeps little, being fused), norms, the
+    experts' activation, dense feed-forwards, whole MoE layers, shared experts. Default: core_attn under
+    granularity `selective`, else nothing."""
     cpu_offloading_num_layers: NonNegativeInt = 0
     """Layers whose activations wait in the host's memory for the backward pass. Needs Transformer Engine and
     a GPU."""
