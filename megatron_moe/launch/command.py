@@ -93,7 +93,7 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
             prepare(experiment, Path(experiment.logging.root))
             at = Path(folder)
             (at / "layout.yaml").write_text(to_yaml(experiment))
-            reference = load(at / "layout.yaml", _ONE_PROCESS, world_size=None).experiment
+            reference = load(at / "layout.yaml", in_one_process(experiment), world_size=None).experiment
             (at / "reference.yaml").write_text(to_yaml(reference))
             for part, ranks, part_of in (("layout", world_size, experiment), ("reference", 1, reference)):
                 argv = _rank_command("verify", folder, part, str(steps), json.dumps(tolerance))
@@ -105,6 +105,16 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
         code = exit_codes.START_AGAIN
     # There is nothing to go on with.
     return exit_codes.FAILED if code == exit_codes.START_AGAIN else code
+
+
+def in_one_process(experiment: Experiment) -> list[str]:
+    """The overrides that take an experiment's layout away."""
+    moe = experiment.moe
+    if moe is None or moe.moe_token_dispatcher_type != "flex":
+        return [*_ONE_PROCESS]
+    # One rank has nobody to send tokens to, which the kernels of the flex dispatcher refuse.
+    dispatcher = ["moe.moe_token_dispatcher_type=alltoall", "moe.moe_flex_dispatcher_backend=deepep"]
+    return [*_ONE_PROCESS, *dispatcher]
 
 
 def _rank_command(*arguments: str) -> list[str]:

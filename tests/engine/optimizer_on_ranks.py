@@ -42,17 +42,6 @@ def decay_by_name(experiment: Experiment) -> dict[str, float]:
     return decays
 
 
-def rates(experiment: Experiment, steps: int) -> list[float]:
-    """The learning rates of the first steps, set as the trainer sets them."""
-    optimizer, scheduler, _ = built(experiment)
-    result = []
-    for iteration in range(steps):
-        scheduler.num_steps = iteration
-        scheduler.step(1)
-        result.append(optimizer.param_groups[0]["lr"])
-    return result
-
-
 def sizes_of_state(experiment: Experiment) -> int:
     """Numbers of this rank's part of the optimizer's master weights."""
     optimizer, _, _ = built(experiment)

@@ -1,8 +1,6 @@
-"""What is decayed, at which rate, and that each replica holds its part of the state."""
+"""What is decayed, and that each replica holds its part of the state."""
 
 from __future__ import annotations
-
-import math
 
 import optimizer_on_ranks
 import pytest
@@ -22,31 +20,6 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert spared == {name for name in decays if "norm" in name or name.endswith("bias")}
     assert spared and {decays[name] for name in decays.keys() - spared} == {0.3}
     assert any("experts" in name for name in decays.keys() - spared)
-
-
-@pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
-def test_rates(style: str) -> None:
-    """Linear warm-up over w steps to the peak, then down to the minimum at step d, and there."""
-    peak, least, warmup, decay = 0.8, 0.2, 2, 6
-    setup = experiment(
-        optimizer={
-            "lr": peak,
-            "min_lr": least,
-            "lr_warmup_iters": warmup,
-            "lr_decay_iters": decay,
-            "lr_decay_style": style,
-        }
-    )
-    shapes = {
-        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
-        "linear": lambda x: 1 - x,
-        "constant": lambda x: 1,
-    }
-    expected = [peak * step / warmup for step in range(1, warmup + 1)]
-    for step in range(warmup + 1, decay + 3):
-        done = min(1.0, (step - warmup) / (decay - warmup))
-        expected.append(least + (peak - least) * shapes[style](done))
-    assert ranks(1).run(optimizer_on_ranks.rates, setup, decay + 2)[0] == pytest.approx(expected)
 
 
 def test_state_is_spread_over_the_replicas() -> None:

@@ -15,6 +15,7 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import Loaded, load
 from megatron_moe.engine.machine import Gpu, Machine
 from megatron_moe.launch import preflight
+from megatron_moe.launch.command import in_one_process
 
 EXPERIMENT = """\
 name: small
@@ -160,3 +161,9 @@ def test_commands_on_a_machine_without_it(
         )
         assert gpu.startswith('override model.spec: "transformer_engine" needs a GPU, and there is none here')
     assert not (file.parent / "runs" / "small").exists()
+
+
+def test_verify_compares_the_flex_dispatcher_with_one_process_that_has_none(file: Path) -> None:
+    flex = ["moe.moe_token_dispatcher_type=flex", "moe.moe_flex_dispatcher_backend=hybridep"]
+    reference = load(file, [*flex, *in_one_process(load(file, flex).experiment)]).experiment
+    assert reference.moe is not None and reference.moe.moe_token_dispatcher_type == "alltoall"
