@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from megatron_moe.config.defaults import divisors_of
 from megatron_moe.config.origin import Problem
-from megatron_moe.config.rule import Problems
+from megatron_moe.config.rule import Problems, set_value
 from megatron_moe.config.schema import Experiment
 
 _PREFIX = "model.megatron_core."
@@ -92,3 +92,11 @@ def one_norm_of_queries(e: Experiment) -> Problems:
     fields, keys = e.model.megatron_core, (f"{_PREFIX}qk_layernorm", f"{_PREFIX}qk_l2_norm")
     if fields.get("qk_layernorm") and fields.get("qk_l2_norm"):
         yield Problem(keys, f"has no effect beside {keys[1]}", "leave one of the two out")
+
+
+def biases_of_recomputed_layers(e: Experiment) -> Problems:
+    """Megatron-Core hands a dense layer's second bias through the recomputed part, as if it made it."""
+    biases, modules = f"{_PREFIX}add_bias_linear", "recompute.modules"
+    if e.model.megatron_core.get("add_bias_linear") and "mlp" in set_value(e.recompute.modules):
+        text = f"does not go with mlp in {modules}: Megatron-Core loses the bias's gradient there"
+        yield Problem((biases, modules), text, "recompute other modules, or whole layers")
