@@ -18,6 +18,7 @@ from experiments import MOE, experiment, layout
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_moe.engine.segments import segments
 from megatron_moe.model import causal
@@ -145,6 +146,8 @@ def test_queries_fewer_than_keys_in_small_masks(monkeypatch: pytest.MonkeyPatch)
         for heads, length in ((4, 12), (2, 30), (2, 30))
     )
     whole = causal.attend(query, key, value, scale=0.3)
+    on_a_gpu = causal._attention(query, key, value, 0.3, 0.0, mask=causal_lower_right(12, 30))
+    torch.testing.assert_close(on_a_gpu, whole, rtol=1e-12, atol=0)
     largest = 0
     plain = causal._attention
 
