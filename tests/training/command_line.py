@@ -22,7 +22,7 @@ training:
   {{train_iters: 8, global_batch_size: 4, micro_batch_size: 2, seq_length: 32, eval_interval: 3,
   eval_iters: 1}}
 checkpoint: {{save_interval: 1}}
-logging: {{detail_interval: 2}}
+logging: {{detail_interval: 2, curves: false}}
 """
 """Experts over the two tensor-parallel ranks (EDP), dropout, and a checkpoint after each of eight steps."""
 
