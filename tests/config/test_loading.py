@@ -195,7 +195,7 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         "experiment.yaml:2: model.num_attention_heads: is missing; give it a whole number of at least 1",
         "experiment.yaml: training: is missing; add the section with "
         "train_iters, global_batch_size, seq_length",
-        "experiment.yaml: data.path: is not set, and neither is data.prepare; set one of the two",
+        "experiment.yaml: data.path: is not set, and neither are data.prepare and data.blend; set one of the three",
         "experiment.yaml: data.tokenizer.model: is not set, and there is no data.prepare to train one on; "
         "set it, or data.tokenizer.kind to bytes",
     ]
