@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator, Sequence
 
 from megatron_moe.config.errors import InputError
+from megatron_moe.config.huggingface_files import end_of_document
 from megatron_moe.config.keys import in_tree, input_paths, leaves, schema_key, value_at
 from megatron_moe.config.loading import Loaded
 from megatron_moe.config.origin import Problem
-from megatron_moe.config.schema import Data
+from megatron_moe.config.schema import Data, Tokenizer
 from megatron_moe.config.sources import texts_of
 from megatron_moe.config.text_files import files_of, named_twice, nothing_in, suffix_of, unknown_type
 
@@ -37,6 +38,7 @@ def missing_files(loaded: Loaded) -> list[str]:
                 found += list(_of_file(key, path))
     for section, prepare in texts_of(loaded.experiment.data).items():
         found += _named_twice(f"{section}.input", prepare.input)
+    found += _no_end_of_document(loaded.experiment.data.tokenizer)
     found += _missing_packages(loaded.experiment.data)
     values = {key: value for key, value in leaves(loaded.experiment) if schema_key(key) not in input_paths()}
     return [problem.render(values, loaded.provenance) for problem in found]
@@ -70,6 +72,21 @@ def _named_twice(key: str, inputs: Sequence[str]) -> Iterator[Problem]:
     for line in named_twice(inputs):
         text, _, remedy = line.rpartition("; ")
         yield Problem((key,), f"names {text}", remedy)
+
+
+def _no_end_of_document(tokenizer: Tokenizer) -> Iterator[Problem]:
+    if tokenizer.kind != "huggingface" or tokenizer.model is None or not os.path.exists(tokenizer.model):
+        return
+    try:
+        end_of_document(tokenizer.model, tokenizer.eod)
+    except InputError as error:
+        problem = str(error)
+        if not problem.startswith("eod: "):
+            yield Problem(("data.tokenizer.model",), f"does not work: {problem}", "name another file")
+            return
+        text, _, remedy = problem.removeprefix("eod: ").rpartition("; ")
+        does_not = "" if tokenizer.eod is None else "does not work: "
+        yield Problem(("data.tokenizer.eod",), does_not + text, remedy)
 
 
 def _missing_packages(data: Data) -> Iterator[Problem]:

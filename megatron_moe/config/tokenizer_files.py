@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.config import huggingface_files
 from megatron_moe.config.errors import InputError
+from megatron_moe.config.model_file import read_model
 
 BYTES_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
@@ -26,20 +26,9 @@ def vocab_size(kind: str, model: str | Path, eod: str | None = None) -> int:
     if kind == "sentencepiece":
         return int(sentencepiece_model(model)[1].vocab_size())
     if kind == "huggingface":
-        return _huggingface_size(model)
+        return huggingface_files.vocab_size(model)
     ranks = read_ranks(model)
     return max(*ranks.values(), eod_rank(ranks, eod)) + 1
-
-
-def read_model(path: str | Path, what: str) -> bytes:
-    """The bytes of a tokenizer's file. InputError if it cannot be read; `what`: such as "the sentencepiece
-    model"."""
-    if os.path.isdir(path):
-        raise InputError(f"{path}: is a folder; name the file of {what} in it{_likely(path)}")
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read {what}: {error.strerror}") from None
 
 
 def sentencepiece_model(path: str | Path) -> tuple[bytes, Any]:
@@ -55,30 +44,6 @@ def sentencepiece_model(path: str | Path) -> tuple[bytes, Any]:
     except RuntimeError:
         pass
     raise InputError(f"{path}: not a sentencepiece model, or a damaged one ({len(content):,} bytes)")
-
-
-def tokenizer_json(path: str | Path) -> Path:
-    """The tokenizer.json that a path names, by itself or by its folder. InputError for a folder without
-    one."""
-    file = Path(path)
-    if not file.is_dir():
-        return file
-    if not (file / "tokenizer.json").is_file():
-        raise InputError(f"{file}: there is no tokenizer.json in this folder")
-    return file / "tokenizer.json"
-
-
-def read_tokenizer_json(path: str | Path) -> tuple[bytes, dict[str, Any]]:
-    """A Hugging Face tokenizer.json, as bytes and parsed. InputError if it is none."""
-    file = tokenizer_json(path)
-    content = read_model(file, "the tokenizer.json")
-    try:
-        tokenizer = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a tokenizer.json: {error}") from None
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
-        raise InputError(f"{file}: not a tokenizer.json: it has no section model")
-    return content, tokenizer
 
 
 def read_ranks(path: str | Path) -> dict[bytes, int]:
@@ -116,23 +81,3 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 def eod_rank(ranks: Mapping[bytes, int], eod: str | None) -> int:
     """The id that ends a document: its own, if it is one of the ranks, or else the first one behind them."""
     return ranks.get((eod or TIKTOKEN_EOD).encode(), max(ranks.values()) + 1)
-
-
-def _huggingface_size(path: str | Path) -> int:
-    _, tokenizer = read_tokenizer_json(path)
-    vocab, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens") or []
-    try:
-        # Unigram models have a list of pieces, the others a mapping.
-        largest = len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1)
-        size = int(max([largest, *(token["id"] for token in added)])) + 1
-    except (AttributeError, KeyError, TypeError, ValueError):
-        size = 0
-    if size <= 0:
-        raise InputError(f"{tokenizer_json(path)}: not a tokenizer.json: it has no vocabulary")
-    return size
-
-
-def _likely(folder: str | Path) -> str:
-    """A file of the folder that the user probably means."""
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in (".model", ".tiktoken"))
-    return f", for example {files[0]}" if files else ""

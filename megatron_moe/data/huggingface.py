@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.config.tokenizer_files import read_tokenizer_json, tokenizer_json
+from megatron_moe.config.huggingface_files import end_of_document, read_tokenizer_json, tokenizer_json
 from megatron_moe.data.cutting import Cuts, parts
 from megatron_moe.data.packed import optional
 from megatron_moe.data.tokenizers import as_array
@@ -50,16 +49,9 @@ class HuggingFaceTokenizer:
                 f"{file}: leaves out merges at random (model.dropout), so that a text has no fixed ids; set "
                 "it to null there"
             )
+        name = end_of_document(path, eod)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        name = eod if eod is not None else _end_of_text(file, vocabulary)
-        if name is None:
-            raise InputError(
-                f"eod: needed, as nothing beside {file} names its end of text; {_candidates(description)}"
-            )
-        if name not in vocabulary:
-            source = "" if eod else ", which a file beside it calls the end of text"
-            raise InputError(f"eod: {file} has no token '{name}'{source}; {_candidates(description)}")
         self.eod = vocabulary[name]
         self.sha256 = hashlib.sha256(content + b"\0" + name.encode()).hexdigest()
         self.cuts: Cuts = "behind words" if _ends_words_at_blanks(description) else "nowhere"
@@ -101,37 +93,6 @@ def _loaded(file: Path, content: bytes) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _end_of_text(file: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """The end of text that the files beside a tokenizer.json name."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read(file.with_name(name)).get("eos_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            return token
-    ids = _read(file.with_name("generation_config.json")).get("eos_token_id")
-    first = ids[0] if isinstance(ids, list) and ids else ids
-    return next((token for token, number in vocabulary.items() if number == first), None)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot read the end of text from it: {error}") from None
-    return values if isinstance(values, dict) else {}
-
-
-def _candidates(description: Mapping[str, Any]) -> str:
-    """What the user could name as end of a document."""
-    special = [token["content"] for token in description.get("added_tokens") or [] if token.get("special")]
-    likely = [token for token in special if re.search(r"end|eos|/s|sep", token, re.IGNORECASE)]
-    if shown := (likely or special)[:5]:
-        return f"special tokens that it has: {', '.join(shown)}"
-    return "it has no special tokens; name another one of its tokens"
 
 
 def _ends_words_at_blanks(description: Mapping[str, Any]) -> bool:

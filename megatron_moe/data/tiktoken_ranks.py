@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.config.tokenizer_files import TIKTOKEN_EOD, eod_rank, read_model, read_ranks
+from megatron_moe.config.model_file import read_model
+from megatron_moe.config.tokenizer_files import TIKTOKEN_EOD, eod_rank, read_ranks
 from megatron_moe.data.cutting import Cuts, parts
 from megatron_moe.data.packed import optional
 from megatron_moe.data.word_patterns import TIKTOKEN

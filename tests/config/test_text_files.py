@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -122,3 +123,17 @@ def test_validate_names_the_package_that_is_missing(
         for line in lines
     ]
     assert len(lines) == 2 and all("data.prepare.input" in line for line in lines)
+
+
+def test_validate_finds_a_tokenizer_without_an_end_of_document(tmp_path: Path) -> None:
+    tokens = {
+        "model": {"type": "BPE", "vocab": {"a": 0}},
+        "added_tokens": [{"id": 1, "content": "<eos>", "special": True}],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokens))
+    text = DENSE.replace("{kind: bytes}", f"{{kind: huggingface, model: {tmp_path}}}")
+    (line,) = missing_files(loaded(tmp_path, text))
+    assert "data.tokenizer.eod: needed, as nothing beside" in line and line.endswith("it has: <eos>")
+    (line,) = missing_files(loaded(tmp_path, text, "data.tokenizer.eod=<end>"))
+    assert 'data.tokenizer.eod: "<end>"' in line and "has no token '<end>'" in line
+    assert missing_files(loaded(tmp_path, text, "data.tokenizer.eod=<eos>")) == []
