@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from itertools import islice
 
 import pytest
@@ -16,7 +17,10 @@ def training(whole: int, ramp: list[int] | None) -> Training:
     return Training(train_iters=1, global_batch_size=whole, seq_length=8, rampup_batch_size=ramp)
 
 
-@pytest.mark.second_pair
+@pytest.mark.skipif(
+    not importlib.metadata.version("megatron-core").startswith("0.16"),
+    reason="0.19 has its calculator no more",
+)
 @given(
     start=st.integers(1, 8),
     increment=st.integers(1, 8),
