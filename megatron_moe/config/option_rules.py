@@ -95,8 +95,9 @@ def one_norm_of_queries(e: Experiment) -> Problems:
 
 
 def biases_of_recomputed_layers(e: Experiment) -> Problems:
-    """Megatron-Core hands a dense layer's second bias through the recomputed part, as if it made it."""
+    """Megatron-Core returns a dense layer's second bias from the recomputed part, as if it were computed
+    there: autograd then goes round in a circle (seen with 0.16.1)."""
     biases, modules = f"{_PREFIX}add_bias_linear", "recompute.modules"
     if e.model.megatron_core.get("add_bias_linear") and "mlp" in set_value(e.recompute.modules):
-        text = f"does not go with mlp in {modules}: Megatron-Core loses the bias's gradient there"
+        text = f"does not go with mlp in {modules}: the backward pass of Megatron-Core does not end"
         yield Problem((biases, modules), text, "recompute other modules, or whole layers")
