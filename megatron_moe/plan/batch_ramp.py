@@ -10,8 +10,8 @@ from megatron_moe.config.schema import Training
 def global_batch_size(training: Training, consumed_samples: int) -> int:
     """Sequences of the step that begins after so many.
 
-    As num_microbatches_calculator of Megatron-Core 0.16 (0.19 has it no more), in whole numbers: the n increments between start and
-    global_batch_size follow each other every samples / n.
+    As num_microbatches_calculator of Megatron-Core 0.16 (0.19 has it no more), in whole numbers: the n
+    increments between start and global_batch_size follow each other every samples / n.
     """
     if training.rampup_batch_size is None:
         return training.global_batch_size
