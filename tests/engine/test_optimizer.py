@@ -12,7 +12,7 @@ pytestmark = pytest.mark.second_pair
 
 def test_norms_and_biases_are_not_decayed() -> None:
     setup = experiment(
-        model={"normalization": "LayerNorm", "megatron_core": {"add_qkv_bias": True}},
+        model={"normalization": "LayerNorm", "megatron_core": {"add_bias_linear": True}},
         optimizer={"lr": 1e-2, "weight_decay": 0.3},
     )
     decays = ranks(1).run(optimizer_on_ranks.decay_by_name, setup)[0]
@@ -20,6 +20,7 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert spared == {name for name in decays if "norm" in name or name.endswith("bias")}
     assert spared and {decays[name] for name in decays.keys() - spared} == {0.3}
     assert any("experts" in name for name in decays.keys() - spared)
+    assert any("experts" in name for name in spared), "experts have biases too"
 
 
 def test_state_is_spread_over_the_replicas() -> None:
