@@ -53,7 +53,7 @@ def check(
     for finding in findings:
         location = finding["loc"]
         misnamed = location[-1] == "[key]"
-        path = _known_part(location[:-1] if misnamed else location, values)
+        path = _known_part(location[:-1] if misnamed else location, values, finding["type"] == "missing")
         key = dotted(tuple(part for part in path if isinstance(part, str)))
         if finding["type"] == "extra_forbidden":
             problems.append(_unknown(path, values, origins, file))
@@ -106,12 +106,13 @@ def _misnamed(path: KeyPath, origins: dict[KeyPath, Origin], file: str) -> str:
     )
 
 
-def _known_part(location: tuple[int | str, ...], values: Any) -> KeyPath:
-    """The part of pydantic's location that lies in the values: without the names of union members."""
+def _known_part(location: tuple[int | str, ...], values: Any, missing: bool) -> KeyPath:
+    """The part of pydantic's location that lies in the values: without the names of union members. Of a
+    `missing` key the last part does not."""
     path: list[str | int] = []
     for number, part in enumerate(location):
-        last = number == len(location) - 1
-        if isinstance(values, dict) and isinstance(part, str) and (part in values or last):
+        lacking = missing and number == len(location) - 1
+        if isinstance(values, dict) and isinstance(part, str) and (part in values or lacking):
             path.append(part)
             values = values.get(part)
         elif isinstance(values, list) and isinstance(part, int):

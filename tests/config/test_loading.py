@@ -224,6 +224,7 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         ),
         ("data.split=[1, x]", 'each a number of at least 0 (entry 2 is "x")'),
         ("pipeline.layers_per_stage=4", "each a whole number of at least 0, or text (4); write [4]"),
+        ("pipeline.layers_per_stage={a: 1}", 'each a whole number of at least 0, or text ({"a": 1})'),
         ("moe.moe_layer_freq=[0, 2, 1, 3]", "each 0 or 1 (entry 2 is 2, entry 4 is 3)"),
         (
             "moe.moe_layer_freq=x",
