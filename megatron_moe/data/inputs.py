@@ -15,7 +15,8 @@ from megatron_moe.data.cutting import Cuts, last_cut
 from megatron_moe.data.documents import Chunk, Unit
 from megatron_moe.data.packed import READ_BYTES, HashingFile, damage_named, unpacked
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
+"""So much that handing it to a worker costs little, and so little that the last ones finish together."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 

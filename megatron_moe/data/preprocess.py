@@ -129,7 +129,7 @@ def _encoded(encoder: Encoder, chunks: Iterator[Chunk], workers: int) -> Iterato
         try:
             for chunk in chunks:
                 pending.append(pool.submit(encode_in_worker, chunk))
-                if len(pending) > 2 * workers:
+                if len(pending) > 4 * workers:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
