@@ -12,8 +12,8 @@ from megatron_moe import __version__
 
 PROGRAM = "megatron-moe"
 EXIT_CODES = (
-    "Exit codes: 0 done; 2 the input is wrong; 75 saved after a termination signal, start me again;\n"
-    "1 anything else."
+    "Exit codes: 0 done; 2 the input is wrong; 75 saved after a termination signal,\n"
+    "start me again; 1 anything else."
 )
 
 
@@ -110,8 +110,9 @@ def _add_validate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "validate",
         _validate,
         "check an experiment and print it in full",
-        "Check everything about an experiment that can be checked without a GPU. Prints every mistake with\n"
-        "its line, or the experiment as it would run, with every default filled in.",
+        "Check everything about an experiment that can be checked without a GPU. Prints\n"
+        "every mistake with its line, or the experiment as it would run, with every\n"
+        "default filled in.",
         f"{PROGRAM} validate configs/quickstart.yaml --provenance",
     )
     _add_config(parser)
@@ -124,8 +125,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "plan",
         _plan,
         "show which rank does what, before anything runs",
-        "Show how an experiment lies on its ranks: groups, pipeline stages, recomputed layers, parameters.\n"
-        "Needs no data, no tokenizer, no GPU and no torch.",
+        "Show how an experiment lies on its ranks: groups, pipeline stages, recomputed\n"
+        "layers, parameters. Needs no data, no tokenizer, no GPU and no torch.",
         f"{PROGRAM} plan configs/quickstart.yaml parallel.pipeline_model_parallel_size=2",
     )
     _add_config(parser)
@@ -141,9 +142,9 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         _train,
         "train an experiment, or go on with it",
-        "Train an experiment. Alone, this starts the ranks itself on this machine; under torchrun or srun\n"
-        "it is one of the ranks. A run that was interrupted goes on from its newest checkpoint; a finished\n"
-        "one says so and is left as it is.",
+        "Train an experiment. Alone, this starts the ranks itself on this machine; under\n"
+        "torchrun or srun it is one of the ranks. A run that was interrupted goes on\n"
+        "from its newest checkpoint; a finished one says so and is left as it is.",
         f"{PROGRAM} train configs/quickstart.yaml training.train_iters=20",
     )
     _add_config(parser)
@@ -155,11 +156,13 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "verify",
         _verify,
         "prove that a layout computes what one process computes",
-        "Train a few steps under the experiment's layout, and again in one process from the same weights\n"
-        "and batches, and compare losses, gradients and updated weights. Exit code 1 if they differ.\n\n"
-        "The tolerance X holds for loss, gradient norm and every tensor's gradient at the first step. Adam\n"
-        "makes rounding grow: updates, and the gradients after them, may differ by sqrt(X), later losses\n"
-        "and gradient norms by 10 X. In bf16 only the first step is held against X. Dropout is off.",
+        "Train a few steps under the experiment's layout, and again in one process from\n"
+        "the same weights and batches, and compare losses, gradients and updated\n"
+        "weights. Exit code 1 if they differ.\n\n"
+        "The tolerance X holds for loss, gradient norm and every tensor's gradient at\n"
+        "the first step. Adam makes rounding grow: updates, and the gradients after\n"
+        "them, may differ by sqrt(X), later losses and gradient norms by 10 X. In bf16\n"
+        "only the first step is held against X. Dropout is off.",
         f"{PROGRAM} verify configs/quickstart.yaml --steps 3",
     )
     _add_config(parser)
@@ -180,8 +183,8 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "preprocess",
         _preprocess,
         "turn text, jsonl and parquet into token files",
-        "Turn text (.txt) and jsonl, also .gz and .zst, and parquet files into Megatron's token files PREFIX.bin "
-        "and PREFIX.idx.",
+        "Turn text (.txt) and jsonl, also .gz and .zst, and parquet files into\n"
+        "Megatron's token files PREFIX.bin and PREFIX.idx.",
         f"{PROGRAM} preprocess --input corpus/tinyshakespeare.txt --documents paragraph \\\n"
         "    --output data/shakespeare --vocab-size 2048",
     )
@@ -255,9 +258,10 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "doctor",
         _doctor,
         "say what this machine has, and what would make it faster",
-        "Look at versions, devices and limits of this machine: first what is wrong, then which fast paths\n"
-        "training has here, what takes the place of the missing ones, and how to get them. Exit code 1 if\n"
-        "nothing can be trained here, or not on the GPUs that are here.",
+        "Look at versions, devices and limits of this machine: first what is wrong, then\n"
+        "which fast paths training has here, what takes the place of the missing ones,\n"
+        "and how to get them. Exit code 1 if nothing can be trained here, or not on the\n"
+        "GPUs that are here.",
         f"{PROGRAM} doctor",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON, and nothing else")
