@@ -38,9 +38,12 @@ class _Found:
 
     blocks: dict[tuple[tuple[int, int], ...], tuple[float, int, int]] = field(default_factory=dict)
 
-    def add(self, rank: int, piece: Piece, reference: Tensor) -> None:
+    def add(self, rank: int, piece: Piece, reference: Tensor, left_out: Tensor | None) -> None:
         where = tuple((part.start, part.stop) for part in piece.where)
-        difference = float((piece.data.double() - reference[piece.where].double()).square().sum())
+        apart = piece.data.double() - reference[piece.where].double()
+        if left_out is not None:
+            apart = apart.masked_fill(left_out[piece.where], 0)
+        difference = float(apart.square().sum())
         # NaN compares as smaller than everything.
         difference = math.inf if math.isnan(difference) else difference
         known = self.blocks.get(where, (-1.0, rank, 0))
@@ -82,13 +85,34 @@ def changes(
         yield rank, replace(piece, data=piece.data.float() - old.data.float())
 
 
-def worst(found: Iterable[tuple[int, Piece]], reference: Mapping[str, Tensor]) -> Worst:
-    """Hold all pieces of all ranks, every copy included, against one process's tensors."""
+def rounding(largest: Mapping[str, Tensor], part: float) -> dict[str, Tensor]:
+    """Where gradients have been rounding only, no number: above 0, and at most this `part` of their tensor's
+    root mean square.
+
+    Biases of keys without rotary positions are such: they shift all scores of a query alike.
+
+    Args:
+        largest: the largest absolute gradient that each element has had.
+    """
+    return {
+        name: (tensor > 0) & (tensor <= part * tensor.double().square().mean().sqrt())
+        for name, tensor in largest.items()
+    }
+
+
+def worst(
+    found: Iterable[tuple[int, Piece]],
+    reference: Mapping[str, Tensor],
+    left_out: Mapping[str, Tensor] | None = None,
+) -> Worst:
+    """Hold all pieces of all ranks, every copy included, against one process's tensors. `left_out`: by name,
+    where an element is not looked at."""
+    left_out = left_out or {}
     seen = {name: _Found() for name in reference}
     for rank, piece in found:
         if piece.name not in reference or piece.shape != reference[piece.name].shape:
             return Worst(math.inf, piece.name, rank, "one process has no such tensor")
-        seen[piece.name].add(rank, piece, reference[piece.name])
+        seen[piece.name].add(rank, piece, reference[piece.name], left_out.get(piece.name))
     norms = {name: float(torch.linalg.vector_norm(tensor.double())) for name, tensor in reference.items()}
     floor = FLOOR * math.sqrt(sum(norm**2 for norm in norms.values()))
     result = Worst(-1.0, "", None)

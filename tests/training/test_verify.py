@@ -32,6 +32,13 @@ def test_later_steps_agree_too(tmp_path: Path, parallel: dict[str, Any]) -> None
     assert len({step.loss for step in report.steps}) == 3
 
 
+def test_biases_without_a_gradient_may_move_by_chance(tmp_path: Path) -> None:
+    """Without rotary positions a bias of the keys changes nothing."""
+    model = {"position_embedding_type": "learned_absolute", "megatron_core": {"add_qkv_bias": True}}
+    report = verify(tmp_path, layout(tp=2), steps=3, model=model)
+    assert report.failures == []
+
+
 @pytest.mark.parametrize(
     "parallel",
     [layout(tp=2), layout(cp=2), layout(dp=2), layout(pp=2)],

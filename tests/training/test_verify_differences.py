@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.engine.pieces import Piece
-from megatron_moe.training.verify_differences import FLOOR, changes, whole, worst
+from megatron_moe.training.verify_differences import FLOOR, changes, rounding, whole, worst
 
 LARGE, SMALL = torch.arange(12.0).reshape(4, 3), torch.tensor([[1e-7, 0.0]])
 REFERENCE = {"large": LARGE, "small": SMALL}
@@ -75,3 +75,19 @@ def test_changes_skips_what_was_only_there_before() -> None:
     after = [(0, piece("large", slice(0, 2), LARGE[0:2] + 1)), *HALVES[1:]]
     found = {(rank, block.name): float(block.data.sum()) for rank, block in changes(before, after)}
     assert found == {(0, "large"): 6.0, (1, "large"): 0.0, (0, "small"): 0.0}
+
+
+def test_where_gradients_are_rounding_updates_are_chance() -> None:
+    """A gradient of exactly zero is none: what moves there, moves by decay."""
+    gradients = {"large": torch.ones(4, 3), "small": torch.zeros(1, 2)}
+    gradients["large"][2] = torch.tensor([1e-7, 0.0, -1e-7]).abs()
+    chance = rounding(gradients, 1e-5)
+    assert chance["large"].nonzero().tolist() == [[2, 0], [2, 2]]
+    assert not chance["small"].any()
+    moved = LARGE[2:4].clone()
+    moved[0, 0] += 1
+    found = [HALVES[0], (1, piece("large", slice(2, 4), moved)), HALVES[2]]
+    assert worst(found, REFERENCE, chance).difference == 0
+    moved[0, 1] += 1
+    found = [HALVES[0], (1, piece("large", slice(2, 4), moved)), HALVES[2]]
+    assert worst(found, REFERENCE, chance).difference == pytest.approx(1 / float(LARGE.norm()))
