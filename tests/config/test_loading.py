@@ -195,7 +195,8 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         "experiment.yaml:2: model.num_attention_heads: is missing; give it a whole number of at least 1",
         "experiment.yaml: training: is missing; add the section with "
         "train_iters, global_batch_size, seq_length",
-        "experiment.yaml: data.path: is not set, and neither are data.prepare and data.blend; set one of the three",
+        "experiment.yaml: data.path: is not set, and neither are data.prepare and data.blend; "
+        "set one of the three",
         "experiment.yaml: data.tokenizer.model: is not set, and there is no data.prepare to train one on; "
         "set it, or data.tokenizer.kind to bytes",
     ]
@@ -222,6 +223,9 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
             "data.split=[1]",
             "a list of 2 to 3 entries, each a number of at least 0 ([1]); for example [95.0, 5.0]",
         ),
+        ("training.rampup_batch_size=2", "a list of 3 entries, each a whole number of at least 1 (2); for "),
+        ("training.rampup_batch_size=[2]", "([2]); for example [1, 1, 1]"),
+        ('data.tokenizer.eod=""', 'text that is not empty (""); for example some-name'),
         ("data.split=[1, x]", 'each a number of at least 0 (entry 2 is "x")'),
         ("pipeline.layers_per_stage=4", "each a whole number of at least 0, or text (4); write [4]"),
         ("pipeline.layers_per_stage={a: 1}", 'each a whole number of at least 0, or text ({"a": 1})'),

@@ -95,8 +95,8 @@ def test_an_infinite_number_is_not_proposed(tmp_path: Path) -> None:
 
 def test_numbers_beyond_what_torch_takes_are_refused_with_the_exact_bound(tmp_path: Path) -> None:
     found = problems(tmp_path, DENSE, [f"training.seed={2**32}", "resilience.collective_timeout_s=100000000"])
-    assert any("training.seed" in line and "of at most 4294967295 " in line for line in found)
-    assert any("collective_timeout_s" in line and "of at most 31536000 " in line for line in found)
+    assert any("training.seed" in line and "to 4294967295 " in line for line in found)
+    assert any("collective_timeout_s" in line and "to 31536000 " in line for line in found)
     assert problems(tmp_path, DENSE, [f"training.seed={2**32 - 1}"]) == []
 
 

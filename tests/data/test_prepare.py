@@ -246,9 +246,8 @@ def test_files_of_megatron_lm_are_accepted_and_read_through_once(
     assert files_of(made(at_path(prefix, BYTES), tmp_path / "runs")).manifest == manifest
     monkeypatch.undo()
     by_megatron(prefix, [[1, 1, 2, 256] * 8, [1, 3, 257] * 8])
-    with pytest.raises(
-        InputError, match=r"^data\.path: .*holds the token id 257, so that its tokenizer has 258 ids or more, but data\.tokenizer has 257"
-    ):
+    words = r"^data\.path: .*holds the token id 257, .* has 258 ids or more, but data\.tokenizer has 257"
+    with pytest.raises(InputError, match=words):
         made(at_path(prefix, BYTES), tmp_path / "runs")
 
 
