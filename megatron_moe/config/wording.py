@@ -75,6 +75,7 @@ def _unwrapped(annotation: Any) -> tuple[Any, dict[str, Any]]:
         for mark in _flat(marks):
             names = (*_BOUNDS, "min_length", "max_length", "pattern")
             constraints |= {name: bound for name in names if (bound := getattr(mark, name, None)) is not None}
+        constraints["is_path"] = any(getattr(mark, "json_schema_extra", None) for mark in marks)
     return annotation, constraints
 
 
@@ -89,6 +90,8 @@ def _flat(marks: list[Any]) -> Iterator[Any]:
 
 def _length(constraints: dict[str, Any]) -> str:
     least, most = constraints.get("min_length"), constraints.get("max_length")
+    if least is not None and least == most:
+        return f" of {least} entries"
     if least is not None and most is not None:
         return f" of {least} to {most} entries"
     return f" of at least {least} entries" if least is not None and least > 1 else " of one or more entries"
@@ -106,7 +109,8 @@ def _rewritten(annotation: Any, value: Any) -> str | None:
         return close[0] if close else None
     if get_origin(inner) is list and not isinstance(value, list | dict) and value is not None:
         part = alternatives(get_args(inner)[0])[0]
-        return f"[{value}]" if type(value) is _unwrapped(part)[0] else None
+        is_enough = constraints.get("min_length", 1) <= 1
+        return f"[{value}]" if is_enough and type(value) is _unwrapped(part)[0] else None
     if inner is bool:
         word = str(value).lower()
         return "true" if word in _TRUE else "false" if word in _FALSE else None
@@ -145,11 +149,15 @@ def _number(kind: type[int] | type[float], constraints: dict[str, Any], value: A
 def _example(annotation: Any) -> str:
     inner, constraints = _unwrapped(annotation)
     if get_origin(inner) is list:
-        return f"[{_example(alternatives(get_args(inner)[0])[0])}]"
+        entry = _example(alternatives(get_args(inner)[0])[0])
+        return f"[{', '.join([entry] * constraints.get('min_length', 1))}]"
     if get_origin(inner) is Literal:
         return str(get_args(inner)[0])
     if inner is int:
         return str(max(1, constraints.get("ge", 1)))
     if inner is float:
         return "0.5" if "lt" in constraints or "le" in constraints else "1.0"
-    return {bool: "true", dict: "{}"}.get(inner, "my-run" if "pattern" in constraints else "some/path")
+    text = (
+        "some/path" if constraints.get("is_path") else "my-run" if "pattern" in constraints else "some-name"
+    )
+    return {bool: "true", dict: "{}"}.get(inner, text)
