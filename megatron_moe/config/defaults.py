@@ -100,8 +100,9 @@ def _read_layout_string(filled: Filled) -> None:
     filled.as_written[key] = text
     parallel = filled.experiment.parallel
     if parallel.virtual_pipeline_model_parallel_size is None:
-        chunks, rest = divmod(len(layers), parallel.pipeline_model_parallel_size)
-        filled.experiment = _with(filled.experiment, virtual, 1 if rest else chunks)
+        ranks = parallel.pipeline_model_parallel_size
+        is_interleaved = ranks > 1 and len(layers) % ranks == 0
+        filled.experiment = _with(filled.experiment, virtual, len(layers) // ranks if is_interleaved else 1)
         filled.derived[virtual] = (key,)
 
 

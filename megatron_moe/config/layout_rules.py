@@ -107,7 +107,10 @@ def stages_add_up(e: Experiment) -> Problems:
     )
     if len(layers) != pp * vpp:
         text = f"makes the number of stages {len(layers)} and not {pp * vpp}, {PP} times {VPP}"
-        yield Problem((key, PP, VPP), text, f"give it {pp * vpp} that add up to {e.model.num_layers} layers")
+        advice = f"give it {pp * vpp} that add up to {e.model.num_layers} layers"
+        if vpp == 1 and layers:
+            advice += f", or set {PP} to {len(layers)}"
+        yield Problem((key, PP, VPP), text, advice)
     elif sum(layers) != e.model.num_layers:
         text = f"adds up to {sum(layers)} layers and not to model.num_layers"
         even = [(e.model.num_layers + stage) // len(layers) for stage in range(len(layers))][::-1]

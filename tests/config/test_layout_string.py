@@ -75,6 +75,9 @@ def test_a_string_becomes_a_list_and_says_the_virtual_stages(tmp_path: Path) -> 
     assert str(found.provenance[VPP]) == "derived"
     (line,) = problems(tmp_path, text, [f"{VPP}=1"])
     assert line.startswith(f'experiment.yaml:6: {KEY}: "Et|t|tt|L" makes the number of stages 4 and not 2')
+    (line,) = problems(tmp_path, text, [f"{PP}=1"])
+    assert line.startswith(f'experiment.yaml:6: {KEY}: "Et|t|tt|L" makes the number of stages 4 and not 1')
+    assert line.endswith(f"or set {PP} to 4")
 
 
 @pytest.mark.parametrize(
