@@ -15,7 +15,7 @@ from megatron_moe.plan.costs import FORMULA, StageCosts
 from megatron_moe.plan.layout import GroupKind
 from megatron_moe.plan.plan import Plan, make
 from megatron_moe.plan.stages import Stage
-from megatron_moe.plan.wording import flops, group_list, number_list, parameter_count, plural
+from megatron_moe.plan.wording import count, flops, group_list, number_list, plural
 
 _SHOWN_EXPERT_ROWS = 8
 _RANKS_WIDTH = 43
@@ -54,8 +54,8 @@ def run(loaded: Loaded, gpus: int | None, as_json: bool) -> None:
 
 def _print_model(console: Console, name: str, plan: Plan) -> None:
     total, active = plan.parameters.total, plan.parameters.active
-    detail = f", {parameter_count(active)} of them active for a token" if active < total else ""
-    console.print(f"[bold]{name}[/]: {parameter_count(total)} parameters{detail}")
+    detail = f", {count(active)} of them active for a token" if active < total else ""
+    console.print(f"[bold]{name}[/]: {count(total)} parameters{detail}")
     console.print(f"Training takes {flops(plan.flops_per_token)} a token: {FORMULA}.\n")
 
 
@@ -129,7 +129,7 @@ _STAGE_COLUMNS: dict[str, Callable[[Stage, StageCosts], str]] = {
     "count": lambda stage, costs: str(len(stage.layers)),
     "MoE": lambda stage, costs: str(len(stage.moe_layers)),
     "re-\ncomputed": lambda stage, costs: "parts" if stage.recomputed_modules else str(stage.recomputed),
-    "parameters\na rank": lambda stage, costs: parameter_count(costs.parameters_per_rank),
+    "parameters\na rank": lambda stage, costs: count(costs.parameters_per_rank),
     "also": lambda stage, costs: ", ".join(["embedding"] * stage.has_embedding + ["loss"] * stage.has_loss),
 }
 

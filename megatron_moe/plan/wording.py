@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _SHOWN_RUNS = 4
 
 
-def parameter_count(value: int) -> str:
+def count(value: float) -> str:
     """A count in three to four digits: `146.4 B`, `13.85 M`, `512`."""
     return _scaled(value, ("", " K", " M", " B", " T"))
 

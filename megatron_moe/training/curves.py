@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from megatron_moe.plan.wording import count
 
 Columns = dict[str, np.ndarray]
 """Key -> one number a step, NaN where there is none."""
@@ -114,7 +116,7 @@ def _summary(steps: Columns) -> str:
         number, tokens = int(steps["iteration"][-1]), float(steps["consumed_tokens"][-1])
         parts.append(f"{number:,} iteration{'s' * (number != 1)}")
         if not math.isnan(tokens):
-            parts.append(f"{EngFormatter(sep=' ')(tokens)} tokens")
+            parts.append(f"{count(tokens)} tokens")
     for key, text in (("loss", "loss"), ("eval/loss", "held-out")):
         if _has(steps, key):
             parts.append(f"{text} {steps[key][~np.isnan(steps[key])][-1]:.4f}")

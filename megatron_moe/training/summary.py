@@ -12,6 +12,8 @@ from megatron_moe.data.blend import Blend
 from megatron_moe.engine.fast_paths import said_at_start
 from megatron_moe.engine.machine import look
 from megatron_moe.plan.batch_ramp import ramp_steps
+from megatron_moe.plan.plan import Plan
+from megatron_moe.plan.wording import count, plural
 from megatron_moe.training.callbacks.curves import CURVES
 from megatron_moe.training.terminal import say
 from megatron_moe.training.trainer import Trainer
@@ -25,9 +27,8 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
     with log.open("a", encoding="utf-8") as file:
         print(datetime.now().astimezone().isoformat(timespec="seconds"), file=file)
     lines = [
-        f"{trainer.experiment.name}: {_count(plan.parameters.total)} parameters, "
-        f"{_count(plan.parameters.active)} active; "
-        f"{_plural(plan.layout.world_size, 'rank')} on {where}, {str(dtype).removeprefix('torch.')}"
+        f"{trainer.experiment.name}: {_parameters(plan)}; "
+        f"{plural(plan.layout.world_size, 'rank')} on {where}, {str(dtype).removeprefix('torch.')}"
     ]
     if missing := said_at_start(look()):
         lines.append(missing)
@@ -39,7 +40,7 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
         )
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters
-        lines.append(f"Resuming from {resumed_from}: {done} of {_plural(wanted, 'step')} done")
+        lines.append(f"Resuming from {resumed_from}: {done} of {plural(wanted, 'step')} done")
     say(lines, log)
 
 
@@ -50,7 +51,7 @@ def say_summary(trainer: Trainer, log: Path) -> None:
     if done < wanted:
         lines = ["", f"Stopped after step {done} of {wanted}; everything is saved."]
     else:
-        lines = ["", f"Trained {_plural(done, 'step')}."]
+        lines = ["", f"Trained {plural(done, 'step')}."]
     rows = [
         *_losses(trainer),
         *_seen(trainer),
@@ -69,6 +70,11 @@ def say_summary(trainer: Trainer, log: Path) -> None:
     lines += _to_look_at(trainer)
     lines.append(f"  check layout megatron-moe verify {config}")
     say(lines, log)
+
+
+def _parameters(plan: Plan) -> str:
+    active = f", {count(plan.parameters.active)} active" if plan.num_moe_experts else ""
+    return f"{count(plan.parameters.total)} parameters{active}"
 
 
 def _curves(trainer: Trainer) -> list[tuple[str, str]]:
@@ -102,7 +108,7 @@ def _losses(trainer: Trainer) -> list[tuple[str, str]]:
         source.name: f"{source.manifest.unigram_entropy_nats:.4f}" for source in trainer.prepared.sources
     }
     if entropies:
-        text = f"{_by_source(entropies)} nats a token (the best guess that only knows how frequent each is)"
+        text = f"{_by_source(entropies)} nats a token (the loss without any context)"
         rows.append(("unigram entropy", text))
     return rows
 
@@ -118,14 +124,3 @@ def _seen(trainer: Trainer) -> list[tuple[str, str]]:
 
 def _by_source(values: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}".strip() for name, value in values.items())
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _count(number: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return str(number)

@@ -98,7 +98,7 @@ def test_group_lists_show_what_fits_and_the_last() -> None:
     [(512, "512"), (999, "999"), (1000, "1.000 K"), (999_999, "1.000 M"), (146_360_000_000, "146.4 B")],
 )
 def test_counts_carry_a_unit(value: int, text: str) -> None:
-    assert wording.parameter_count(value) == text
+    assert wording.count(value) == text
 
 
 def test_planning_imports_no_torch() -> None:
