@@ -19,7 +19,7 @@ EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; the user's mistakes go to stderr, one a line."""
-    from megatron_moe.config.errors import InputError
+    from megatron_moe.config.errors import InputError, RunError, one_line
 
     args = _parse(argv)
     try:
@@ -34,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except InputError as error:
         for problem in error.problems:
-            print(problem, file=sys.stderr)
+            print(one_line(problem), file=sys.stderr)
         return 2
+    except RunError as error:
+        print(one_line(str(error)), file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # Whoever read our output is gone; Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_moe import __version__
 from megatron_moe.cli import main
+from megatron_moe.config.errors import RunError
 from megatron_moe.config.loading import load
+from megatron_moe.data import command as preprocess_command
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -85,7 +87,7 @@ def test_overrides_may_stand_on_both_sides_of_options(capsys: pytest.CaptureFixt
         (["plan", QUICKSTART, "--gpus", "3"], "which does not divide the 3 ranks"),
         (
             ["train", QUICKSTART, "model.num_layers=0"],
-            "override model.num_layers: must be a whole number of at least 1",
+            "override model.num_layers: must be a whole number from 1 to 10000",
         ),
         (["verify", QUICKSTART, "moe.moe_router_topk=9"], "override moe.moe_router_topk: 9 is more than"),
     ],
@@ -135,6 +137,24 @@ def test_validate_finds_input_files_that_are_not_there(
     assert exit_code("plan", QUICKSTART, f"data.prepare.input=[{path}]", "--json") == 0, (
         "a plan needs no data"
     )
+
+
+def test_a_mistake_is_one_line_whatever_is_in_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["preprocess", "--tokenizer", "bytes", "--output", "out", "--input"]
+    assert main([*argv, "no\nsuch\x1b.txt"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("no\\nsuch\\x1b.txt: cannot read the input")
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RunError("out: cannot write the token files: No space left on device")
+
+    monkeypatch.setattr(preprocess_command, "run", full)
+    assert main(["preprocess", "--input", "x.txt", "--output", "out"]) == 1
+    assert capsys.readouterr().err == "out: cannot write the token files: No space left on device\n"
 
 
 @pytest.mark.parametrize("command", [["validate", QUICKSTART, "training.seed=1"], ["doctor"]])

@@ -3,6 +3,12 @@ outside (exit code 1)."""
 
 from __future__ import annotations
 
+import errno
+import re
+
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class InputError(Exception):
     """The user's input is wrong: each of `problems` is one line that names the key or file and a value that
@@ -24,3 +30,15 @@ class ConfigError(InputError):
 class RunError(Exception):
     """Something outside the program stopped a run, such as a full disk: one line that says what, and what to
     do."""
+
+
+def not_written(what: str, error: OSError) -> InputError | RunError:
+    """The error of a file that could not be written: for a full or broken disk a RunError, else, as for a
+    folder where nobody may write, the user's mistake. `what`: the file, and what it was to be."""
+    kind = RunError if error.errno in _OUTSIDE else InputError
+    return kind(f"{what}: {error.strerror}")
+
+
+def one_line(problem: str) -> str:
+    """A mistake as it is printed: names of files and keys may hold newlines, or codes that terminals obey."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections.abc import Iterator, Sequence
@@ -41,12 +42,12 @@ def expand(inputs: Sequence[str]) -> list[str]:
 
 
 def named_twice(inputs: Sequence[str]) -> list[str]:
-    """One mistake for each pair of entries, one of them a folder or a glob, that stand for the same file."""
+    """One mistake for each pair of entries, one of them a folder or a glob, that stand for the same path."""
     owners: dict[str, str] = {}
     problems: dict[tuple[str, str], str] = {}
     for entry in inputs:
         for path in files_of(entry):
-            other = owners.setdefault(path, entry)
+            other = owners.setdefault(os.path.abspath(path), entry)
             if other != entry:
                 text = f"{path}: both {other} and {entry} stand for it; leave one of them out"
                 problems.setdefault((other, entry), text)
@@ -54,13 +55,11 @@ def named_twice(inputs: Sequence[str]) -> list[str]:
 
 
 def files_of(entry: str) -> list[str]:
-    """The files that one input stands for; empty for a folder or a glob without any."""
-    if os.path.isdir(entry):
-        return sorted(_below(entry, frozenset()))
-    if not is_glob(entry):
+    """The files that one input stands for; empty for a folder or a glob without any. InputError for a folder
+    that cannot be read."""
+    if not os.path.isdir(entry) and not is_glob(entry):
         return [entry]
-    paths = glob.iglob(_with_literal_beginning(entry), recursive=True)
-    return sorted(path for path in paths if suffix_of(path) and not os.path.isdir(path))
+    return sorted(path for path in _matched(entry) if suffix_of(path) and not os.path.isdir(path))
 
 
 def nothing_in(entry: str) -> str:
@@ -68,7 +67,7 @@ def nothing_in(entry: str) -> str:
     remedy = f"names have to end in {_SHOWN}"
     if os.path.isdir(entry):
         return f"{entry}: no file in this folder, or below it, has a known type; {remedy}"
-    others = glob.glob(_with_literal_beginning(entry), recursive=True)
+    others = _matched(entry)
     found = f"no file of a known type, only others such as {min(others)}" if others else "no file"
     return f"{entry}: this glob matches {found}; {remedy}"
 
@@ -78,32 +77,55 @@ def is_glob(entry: str) -> bool:
     return glob.has_magic(entry) and not os.path.lexists(entry)
 
 
-def _below(folder: str, above: frozenset[str]) -> Iterator[str]:
-    """The files of known types in a folder and its folders, links to folders included."""
-    real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it lies in
+def _matched(entry: str) -> set[str]:
+    """What a folder or a pattern stands for. As glob.glob, but links lead round in no circle, and a folder
+    that cannot be read is not passed over: InputError."""
+    folder, pattern = (entry, "**") if os.path.isdir(entry) else _literal_beginning(entry)
+    return set(_below(folder, [part for part in pattern.split("/") if part]))
+
+
+def _below(folder: str, parts: Sequence[str]) -> Iterator[str]:
+    """What the parts of a pattern stand for in a folder; "" is the working directory."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for inner in _folders(folder, frozenset()):
+            yield from _below(inner, rest or ["*"])
         return
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot read the folder: {error.strerror}") from None
-    for name in names:
+    for name in _names(folder) if glob.has_magic(part) else [part]:
         path = os.path.join(folder, name)
-        if name.startswith("."):
+        if not fnmatch.fnmatchcase(name, part) or (name.startswith(".") and not part.startswith(".")):
             continue
-        if os.path.isdir(path):
-            yield from _below(path, above | {real})
-        elif suffix_of(name):
+        if rest and os.path.isdir(path):
+            yield from _below(path, rest)
+        elif not rest and os.path.lexists(path):
             yield path
 
 
-def _with_literal_beginning(pattern: str) -> str:
-    """The pattern with those of its first parts escaped that exist as they are: in /data[1]/*.txt, the
-    folder."""
+def _folders(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """A folder and all below it, links to folders included; not what is hidden."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it lies in
+        return
+    yield folder
+    for name in _names(folder):
+        path = os.path.join(folder, name)
+        if not name.startswith(".") and os.path.isdir(path):
+            yield from _folders(path, above | {real})
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder or ".")
+    except OSError as error:
+        raise InputError(f"{folder or '.'}: cannot read the folder: {error.strerror}") from None
+
+
+def _literal_beginning(pattern: str) -> tuple[str, str]:
+    """The first parts of a pattern that exist as they are, in /data[1]/*.txt the folder, and the others."""
     head, tail = "", pattern
     while tail:
         part, slash, rest = tail.partition("/")
         if part and not os.path.lexists(head + part):
             break
         head, tail = head + part + slash, rest
-    return glob.escape(head) + tail
+    return head, tail

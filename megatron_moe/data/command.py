@@ -12,7 +12,7 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.text_files import expand
 from megatron_moe.data.documents import BadRecords, Unit
 from megatron_moe.data.indexed import bin_path, idx_path
-from megatron_moe.data.manifest import Manifest, manifest_path
+from megatron_moe.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.staging import staging
 from megatron_moe.data.tokenizer_training import Corpus, train_on
@@ -41,10 +41,7 @@ def run(
     `<output>.model`; huggingface and tiktoken take `model`. `eod` and `pattern`: as in data.tokenizer.
     InputError for arguments that contradict each other, and as `preprocess` and `train_on`.
     """
-    if not output.name or output.is_dir():
-        raise InputError(
-            f"--output {output}: is a folder; give a prefix for the files, for example {output / 'corpus'}"
-        )
+    _check_output(output)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: at least one process has to work")
     _check_tokenizer(kind, model, {"--vocab-size": vocab_size, "--eod": eod, "--pattern": pattern})
@@ -74,6 +71,24 @@ def run(
             trained.replace(model)
     _print_summary(manifest, output, model)
     return manifest
+
+
+def _check_output(output: Path) -> None:
+    if not output.name or output.is_dir():
+        raise InputError(
+            f"--output {output}: is a folder; give a prefix for the files, for example {output / 'corpus'}"
+        )
+    if output.suffix in (".bin", ".idx"):
+        raise InputError(
+            f"--output {output}: token files are named without {output.suffix}: {output.with_suffix('')}"
+        )
+    try:
+        read_manifest(manifest_path(output))
+    except InputError as error:
+        raise InputError(
+            f"--output {output}: would replace a file that is not the manifest of token files; choose "
+            f"another name, or remove it ({error})"
+        ) from None
 
 
 def _check_tokenizer(kind: str, model: Path | None, options: Mapping[str, str | int | None]) -> None:

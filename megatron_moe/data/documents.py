@@ -25,6 +25,7 @@ Complain = Callable[[str], None]
 
 _ICONV = "convert the file, for example with iconv"
 _BLANK = " \t\r\n\x0b\x0c"
+_KEYS_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def _text_of_record(line: bytes, json_key: str) -> str:
     text = record.get(json_key)
     if not isinstance(text, str):
         found = f"is {json.dumps(text)[:40]}, not a text" if json_key in record else "is missing"
-        others = ", ".join(key for key, value in record.items() if isinstance(value, str))
+        keys = [key for key, value in record.items() if isinstance(value, str)]
+        others = ", ".join([*keys[:_KEYS_SHOWN], *["..."][: len(keys) - _KEYS_SHOWN > 0]])
         raise _BadRecord(f"json_key '{json_key}' {found}; texts of this record: {others or 'none'}")
     if not text.isascii():
         try:

@@ -13,7 +13,7 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.text_files import suffix_of, unknown_type
 from megatron_moe.data.cutting import Cuts, last_cut
 from megatron_moe.data.documents import Chunk, Unit
-from megatron_moe.data.packed import READ_BYTES, HashingFile, damage_named, unpacked
+from megatron_moe.data.packed import READ_BYTES, HashingFile, check_regular, damage_named, unpacked
 
 CHUNK_BYTES = 1 << 18
 """So much that handing it to a worker costs little, and so little that the last ones finish together."""
@@ -52,6 +52,8 @@ def open_input(path: str, json_key: str) -> InputFile:
     suffix = suffix_of(path)
     if not suffix:
         raise InputError(unknown_type(path))
+    with damage_named(path):
+        check_regular(path)
     if suffix == ".parquet":
         from megatron_moe.data.parquet import ParquetFile
 
@@ -61,6 +63,8 @@ def open_input(path: str, json_key: str) -> InputFile:
 
 def file_sha256(path: str) -> str:
     """The SHA-256 of a file's bytes. InputError if it cannot be read."""
+    with damage_named(path):
+        check_regular(path)
     with damage_named(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -6,6 +6,8 @@ import contextlib
 import gzip
 import hashlib
 import io
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from importlib import import_module
@@ -18,6 +20,13 @@ _PACKED_BYTES = 1 << 16
 """At once: what they stand for may be a thousand times larger."""
 _LARGEST_WINDOW = 1 << 31
 """Bytes. What `zstd --long=31`, the largest setting, needs to unpack."""
+
+
+def check_regular(path: str) -> None:
+    """InputError for a pipe or a device, which nobody can read twice. OSError if it is not there."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a pipe or a device; give a file, which can be read twice")
 
 
 class HashingFile(io.RawIOBase):

@@ -77,17 +77,16 @@ class ParquetFile:
                     batch = next(batches, None)
                     if batch is None:
                         break
-                    chunk = self._chunk(batch.column(0))
+                    chunk = self._chunk(batch.column(self._column))
                 self._rows_read += batch.num_rows
                 yield chunk
 
     def _check_column(self, schema: Any) -> None:
         names = list(schema.names)
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        if names.count(self._column) != 1:
-            raise InputError(
-                f"{self.path}: json_key '{self._column}' is no column; there are {shown or 'none'}"
-            )
+        if (count := names.count(self._column)) != 1:
+            what = f"{count} columns" if count else "no column"
+            raise InputError(f"{self.path}: json_key '{self._column}' is {what}; there are {shown or 'none'}")
         found = schema.field(self._column).type
         types = self._arrow.types
         text = found.value_type if types.is_dictionary(found) else found

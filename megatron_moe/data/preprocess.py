@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, RunError, not_written, one_line
 from megatron_moe.data.cutting import Cuts
 from megatron_moe.data.documents import BadRecords, Chunk, Unit
 from megatron_moe.data.encode import (
@@ -58,7 +58,8 @@ def preprocess(
     `bad_records`: what happens at a document that cannot be read. `workers`: processes that tokenize; by
     default as many as there are cores, fewer for little input.
     InputError, with nothing left behind, for inputs that are missing, empty, damaged or not what their name
-    says (file:line), if all records were skipped, and for a target that cannot be written.
+    says (file:line), if all records were skipped, and for a target that cannot be written. RunError where the
+    disk is full, or a worker was killed.
     """
     total_bytes = sum(_checked_size(path, json_key) for path in inputs)
     encoder = Encoder(tokenizer, token_dtype(tokenizer.vocab_size), json_key, append_eod, bad_records)
@@ -73,7 +74,7 @@ def preprocess(
                 manifest = _write(staged, encoder, parts, reader.sources)
                 _publish(staged, prefix)
             except OSError as error:
-                raise InputError(f"{prefix}: cannot write the token files: {error.strerror}") from None
+                raise not_written(f"{prefix}: cannot write the token files", error) from None
     return manifest
 
 
@@ -104,7 +105,8 @@ class _Reader:
                     yield chunk
                     self._show(before + file.bytes_read)
                 before += file.bytes_read
-                self.sources.append(Source(path=path, sha256=file.sha256))
+                name = os.fsencode(path).decode(errors="backslashreplace")  # names may be no UTF-8
+                self.sources.append(Source(path=name, sha256=file.sha256))
 
 
 def _checked_size(path: str, json_key: str) -> int:
@@ -134,9 +136,7 @@ def _encoded(encoder: Encoder, chunks: Iterator[Chunk], workers: int) -> Iterato
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise RuntimeError(
-                "a worker process died, perhaps for want of memory; try fewer workers"
-            ) from None
+            raise RunError("a worker process died, perhaps for want of memory; try fewer workers") from None
         finally:
             for future in pending:
                 future.cancel()
@@ -189,7 +189,7 @@ def _write(prefix: Path, encoder: Encoder, parts: Iterator[Encoded], sources: li
 def _tell_skipped(count: int, first: Sequence[str]) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     for problem in first:
-        console.print(f"skipped {problem}")
+        console.print(f"skipped {one_line(problem)}")
     if count > len(first):
         console.print(f"skipped {count - len(first):,} more bad records, {count:,} in all")
 

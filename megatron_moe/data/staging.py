@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, not_written
 
 _LOCK = "lock"
 
@@ -22,15 +22,15 @@ def staging(target: Path, wait: bool) -> Iterator[Path]:
 
     What a killed predecessor left there goes first. If the block raises, folders that were made for `target`
     go too. `wait`: wait while another process has it; otherwise that is an InputError. InputError also if
-    nothing can be written there.
+    nothing can be written there, RunError on a full disk.
     """
     folder = target.with_name(f".{target.name}.partial")
     made = _missing_parents(target.parent)
     try:
         lock = _acquire(folder, wait, target)
     except OSError as error:
-        _remove_empty(made)
-        raise InputError(f"{target.parent}: cannot write there: {error.strerror}") from None
+        _remove_empty([folder, *made])
+        raise not_written(f"{target.parent}: cannot write there", error) from None
     try:
         _clear(folder)
         yield folder

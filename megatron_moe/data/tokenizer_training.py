@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, not_written
 from megatron_moe.data.documents import BadRecords, stop, texts
 from megatron_moe.data.inputs import open_input
 from megatron_moe.data.staging import staging, sync_folder
@@ -66,7 +66,7 @@ def train_on(corpora: Sequence[Corpus], vocab_size: int, output: Path) -> None:
             (folder / output.name).rename(output)
             sync_folder(output.parent)
         except OSError as error:
-            raise InputError(f"{output}: cannot write the tokenizer: {error.strerror}") from None
+            raise not_written(f"{output}: cannot write the tokenizer", error) from None
 
 
 def _train(sentences: Iterator[str], vocab_size: int) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -76,6 +78,24 @@ def test_links_are_followed_but_not_around_in_circles(tree: Path, tmp_path: Path
     (tree / "sub" / "up").symlink_to(tree)
     assert "linked/e.txt" in under(tree, "")
     assert len(under(tree, "")) == 6
+    (tree / "sub" / "itself").symlink_to(tree / "sub")
+    assert under(tree, "**/*.txt") == ["a.txt", "linked/e.txt"]
+    assert under(tree, "**/deep/*") == ["sub/deep/d.txt.zst"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readable = os.listdir
+
+    def listdir(folder: str) -> list[str]:
+        if folder.rstrip("/").endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return readable(folder)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    for entry in ("", "**/*.txt", "sub/deep/*"):
+        with pytest.raises(InputError, match=r"sub/deep/?: cannot read the folder: Permission denied"):
+            under(tree, entry)
+    assert under(tree, "*.txt") == ["a.txt"]
 
 
 def test_what_stands_for_no_file_is_named(tree: Path) -> None:
@@ -96,6 +116,8 @@ def test_a_file_that_two_entries_stand_for_is_named(tree: Path) -> None:
     assert len(raised.value.problems) == 1
     with pytest.raises(InputError, match="leave one"):
         expand([str(tree), str(tree / "sub")])
+    with pytest.raises(InputError, match="leave one"):
+        expand([str(tree / "sub"), f"{tree}/./sub/c.parquet"])
     assert len(expand([str(tree / "a.txt")] * 2)) == 2, "said twice, it is meant"
 
 

@@ -81,6 +81,17 @@ def test_a_folder_as_output_is_refused(tmp_path: Path) -> None:
         command.run([str(SHAKESPEARE)], tmp_path, kind="bytes")
 
 
+def test_an_output_that_could_not_be_read_or_is_not_ours_is_refused(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "x.txt", "some text\n")
+    with pytest.raises(InputError, match=r"without \.bin: .*/corpus$"):
+        command.run([path], tmp_path / "corpus.bin", kind="bytes")
+    write_text(tmp_path / "tokenizer.json", '{"model": {}}')
+    with pytest.raises(InputError, match="would replace a file that is not the manifest of token files"):
+        command.run([path], tmp_path / "tokenizer", kind="bytes")
+    assert (tmp_path / "tokenizer.json").read_text() == '{"model": {}}'
+    assert names(tmp_path) == {"x.txt", "tokenizer.json"}
+
+
 def test_no_tokenizer_stays_of_text_that_cannot_be_read(tmp_path: Path) -> None:
     path = write_text(tmp_path / "x.jsonl", '{"text": "some text"}\n' * 10 + "broken\n")
     with pytest.raises(InputError, match=r"x\.jsonl:11: not JSON"):

@@ -212,6 +212,7 @@ BAD_LINES = {
     9: ('{"text": null}', "json_key 'text' is null, not a text"),
     15: ('{"text": 5}', "is 5, not a text"),
     20: ('{"body": "x"}', "json_key 'text' is missing; texts of this record: body"),
+    21: (json.dumps({f"key{i}": "x" for i in range(12)}), r"texts of this record: key0, .*, key9, \.\.\.$"),
     25: ('{"text": "\\ud800"}', "surrogate"),
     29: (b'{"text": "\xe9"}', "not UTF-8"),
 }
@@ -239,14 +240,14 @@ def test_skipped_records_are_counted_and_the_first_named(
     monkeypatch.setattr(input_files, "CHUNK_BYTES", 200)
     path = write_bad_lines(tmp_path / "x.jsonl", BAD_LINES)
     manifest = preprocess([path], tmp_path / "out", BYTES, bad_records="skip", workers=workers)
-    assert documents_of(tmp_path / "out") == ["good one"] * 23
-    assert (manifest.documents, manifest.skipped_records) == (23, 7)
-    assert json.loads((tmp_path / "out.json").read_text())["skipped_records"] == 7
+    assert documents_of(tmp_path / "out") == ["good one"] * (30 - len(BAD_LINES))
+    assert (manifest.documents, manifest.skipped_records) == (30 - len(BAD_LINES), len(BAD_LINES))
+    assert json.loads((tmp_path / "out.json").read_text())["skipped_records"] == len(BAD_LINES)
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("skipped")]
     assert [line.partition(": ")[0] for line in said[:3]] == [
         f"skipped {path}:{number}" for number in (3, 8, 9)
     ]
-    assert said[3:] == ["skipped 4 more bad records, 7 in all"]
+    assert said[3:] == ["skipped 5 more bad records, 8 in all"]
 
 
 def test_skipped_rows_of_parquet_are_named_by_their_number(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
+import json
 import os
 import re
 import signal
@@ -21,10 +23,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, RunError
 from megatron_moe.data import documents
 from megatron_moe.data import inputs as inputs_module
-from megatron_moe.data.indexed import open_token_files
+from megatron_moe.data import staging as staging_module
+from megatron_moe.data.indexed import TokenWriter, open_token_files
+from megatron_moe.data.inputs import file_sha256
 from megatron_moe.data.manifest import manifest_path, read_manifest
 from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.staging import staging
@@ -212,9 +216,38 @@ def test_a_folder_as_input_or_target_is_refused(tmp_path: Path) -> None:
 
 def test_a_worker_that_dies_is_noticed(tmp_path: Path) -> None:
     path = write_text(tmp_path / "x.txt", "text")
-    with pytest.raises(RuntimeError, match="a worker process died"):
+    with pytest.raises(RunError, match="a worker process died"):
         preprocess([path], tmp_path / "out", DyingTokenizer(), workers=2)
     assert names(tmp_path) == {"x.txt"}
+
+
+def test_a_full_disk_is_no_mistake_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_text(tmp_path / "x.txt", "text")
+
+    def full(writer: TokenWriter, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TokenWriter, "add", full)
+    with pytest.raises(RunError, match=r"out: cannot write the token files: No space left on device"):
+        preprocess([path], tmp_path / "new" / "out", BYTES)
+    monkeypatch.setattr(staging_module.os, "open", full)
+    with pytest.raises(RunError, match=r"new: cannot write there: No space left on device"):
+        preprocess([path], tmp_path / "new" / "out", BYTES)
+    assert names(tmp_path) == {"x.txt"}
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.txt")
+    for read in (file_sha256, lambda path: preprocess([path], tmp_path / "out", BYTES)):
+        with pytest.raises(InputError, match=r"x\.txt: is a pipe or a device; give a file"):
+            read(str(tmp_path / "x.txt"))
+
+
+def test_names_that_are_no_utf8_stand_in_the_manifest(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    Path(path).write_text("text")
+    preprocess([path], tmp_path / "out", BYTES)
+    assert json.loads((tmp_path / "out.json").read_text())["inputs"][0]["path"] == f"{tmp_path}/\\xff.txt"
 
 
 def test_two_at_once_on_one_target_are_refused(tmp_path: Path) -> None:
