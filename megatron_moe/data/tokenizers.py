@@ -85,11 +85,12 @@ class SentencePieceTokenizer:
         # The model alone decides the ids, unless its own end is not the one that is taken.
         own_end = self.eod == self._processor.eos_id()
         self.sha256 = hashlib.sha256(model if own_end else model + b"\0" + str(eod).encode()).hexdigest()
-        # Sentencepiece reads the character that it writes spaces with as a space; its bytes keep it what it
-        # is.
-        space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        self._space_ids = space_bytes if all(map(self._processor.is_byte, space_bytes)) else []
         self.cuts: Cuts = "behind newlines" if self._keeps_lines_apart() else "nowhere"
+        # Sentencepiece reads the character that it writes spaces with as a space; its bytes keep it what it
+        # is, where the text behind them begins without a space of its own.
+        space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        has_bytes = all(map(self._processor.is_byte, space_bytes))
+        self._space_ids = space_bytes if has_bytes and self.cuts == "behind newlines" else []
 
     def encode(self, text: str) -> list[int]:
         # In parts where that gives the same ids: sentencepiece's time grows faster than a text's length.

@@ -161,7 +161,7 @@ def test_a_model_without_an_end_is_refused(tmp_path: Path) -> None:
     "options",
     [
         {},
-        {"model_type": "bpe"},
+        {"model_type": "bpe", "byte_fallback": True, "vocab_size": 600},
         {"model_type": "unigram", "normalization_rule_name": "identity", "add_dummy_prefix": False},
         {"model_type": "bpe", "normalization_rule_name": "identity", "user_defined_symbols": ["\n\n"]},
     ],
@@ -171,6 +171,6 @@ def test_other_peoples_models_encode_as_sentencepiece_does(
 ) -> None:
     path = foreign_model(tmp_path / "foreign.model", **options)
     tokenizer = SentencePieceTokenizer(path)
-    text = "  First line\n\nsecond   line \n third"
+    text = "  First line\n\nsecond   line \n third, no\u2581space"
     assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
     assert tokenizer.cuts == "nowhere"
