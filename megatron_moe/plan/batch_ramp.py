@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from megatron_moe.config.schema import Training
 
 
@@ -21,20 +19,23 @@ def global_batch_size(training: Training, consumed_samples: int) -> int:
     return start + min(done, increments) * increment
 
 
-def global_batch_sizes(training: Training) -> Iterator[int]:
-    """Those of step 1, 2, ... without end."""
-    consumed_samples = 0
-    while True:
+def ramp_steps(training: Training) -> int | None:
+    """Steps before the first one with the whole global_batch_size; 0 without a ramp, None where the run ends
+    before it.
+
+    Steps of one size are counted at once: a ramp may be longer than anybody could wait for.
+    """
+    consumed_samples = steps = 0
+    while steps < training.train_iters:
         size = global_batch_size(training, consumed_samples)
-        yield size
-        consumed_samples += size
-
-
-def ramp_steps(training: Training) -> int:
-    """Steps before the first one with the whole global_batch_size; 0 without a ramp."""
-    if training.rampup_batch_size is None:
-        return 0
-    for steps, size in enumerate(global_batch_sizes(training)):
         if size == training.global_batch_size:
             return steps
-    raise AssertionError("batches grow without end")
+        assert training.rampup_batch_size is not None
+        start, increment, samples = training.rampup_batch_size
+        # From so many consumed samples on the batch is larger.
+        increments = (training.global_batch_size - start) // increment
+        until = -(-((size - start) // increment + 1) * samples // increments)
+        of_this_size = -(-(until - consumed_samples) // size)
+        steps += of_this_size
+        consumed_samples += of_this_size * size
+    return None

@@ -32,11 +32,15 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
     ]
     if missing := said_at_start(look()):
         lines.append(missing)
-    training, steps = trainer.experiment.training, ramp_steps(trainer.experiment.training)
-    if trainer.iteration < steps and training.rampup_batch_size is not None:
+    training = trainer.experiment.training
+    steps = ramp_steps(training)
+    if training.rampup_batch_size is not None and (steps is None or trainer.iteration < steps):
+        reached = (
+            "more than this run comes to" if steps is None else f"which step {steps + 1} is the first to have"
+        )
         lines.append(
             f"The global batch grows from {training.rampup_batch_size[0]} to {training.global_batch_size} "
-            f"sequences, which step {steps + 1} is the first to have"
+            f"sequences, {reached}"
         )
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters

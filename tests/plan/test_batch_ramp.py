@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import importlib.metadata
-from itertools import islice
+from collections.abc import Iterator
+from itertools import count, islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_moe.config.schema import Training
-from megatron_moe.plan.batch_ramp import global_batch_size, global_batch_sizes, ramp_steps
+from megatron_moe.plan.batch_ramp import global_batch_size, ramp_steps
 
 
-def training(whole: int, ramp: list[int] | None) -> Training:
-    return Training(train_iters=1, global_batch_size=whole, seq_length=8, rampup_batch_size=ramp)
+def training(whole: int, ramp: list[int] | None, train_iters: int = 1000) -> Training:
+    return Training(train_iters=train_iters, global_batch_size=whole, seq_length=8, rampup_batch_size=ramp)
+
+
+def sizes_of_steps(training: Training) -> Iterator[int]:
+    consumed_samples = 0
+    while True:
+        size = global_batch_size(training, consumed_samples)
+        yield size
+        consumed_samples += size
 
 
 @pytest.mark.skipif(
@@ -44,10 +53,10 @@ def test_sizes_of_the_steps() -> None:
     """2 -> 8 by 2 over 10 samples: an increment each 10 / 3 samples."""
     growing = training(8, [2, 2, 10])
     # Consumed before each step: 0, 2, 4, 8, 14.
-    assert list(islice(global_batch_sizes(growing), 6)) == [2, 2, 4, 6, 8, 8]
+    assert list(islice(sizes_of_steps(growing), 6)) == [2, 2, 4, 6, 8, 8]
     assert ramp_steps(growing) == 4
     assert ramp_steps(training(8, None)) == 0
-    assert list(islice(global_batch_sizes(training(8, None)), 2)) == [8, 8]
+    assert list(islice(sizes_of_steps(training(8, None)), 2)) == [8, 8]
 
 
 def test_exact_where_a_third_is_not() -> None:
@@ -55,3 +64,23 @@ def test_exact_where_a_third_is_not() -> None:
     growing = training(50, [1, 1, 342])
     assert global_batch_size(growing, 341) == 49
     assert global_batch_size(growing, 342) == 50
+
+
+@given(
+    start=st.integers(1, 8),
+    increment=st.integers(1, 8),
+    increments=st.integers(1, 12),
+    samples=st.integers(1, 3000),
+)
+def test_steps_counted_at_once_are_those_counted_one_by_one(
+    start: int, increment: int, increments: int, samples: int
+) -> None:
+    whole = start + increments * increment
+    sizes = sizes_of_steps(training(whole, [start, increment, samples]))
+    one_by_one = next(step for step in count() if next(sizes) == whole)
+    assert ramp_steps(training(whole, [start, increment, samples], one_by_one + 1)) == one_by_one
+    assert ramp_steps(training(whole, [start, increment, samples], one_by_one)) is None
+
+
+def test_a_ramp_of_tokens_instead_of_samples_is_no_reason_to_wait() -> None:
+    assert ramp_steps(training(8, [2, 2, 300_000_000_000])) is None
