@@ -36,7 +36,7 @@ def by_loop(
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
-@pytest.mark.parametrize("factor", [0.25, 1.0, 1.25, 8.0])
+@pytest.mark.parametrize("factor", [0.25, 1.0, 1.25, 8.0, 1e300])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_against_a_loop(policy: str, factor: float, padded: bool, ties: bool) -> None:

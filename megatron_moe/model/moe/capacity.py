@@ -27,7 +27,8 @@ def within_capacity(
     """
     contending = routed if valid is None else routed & valid[:, None]
     tokens = routed.size(0) if valid is None else int(valid.sum())
-    capacity = math.ceil(tokens * topk / routed.size(1) * factor)
+    # None can get more than all tokens, however large the factor.
+    capacity = math.ceil(min(tokens, tokens * topk / routed.size(1) * factor))
     if policy == "probs":
         order = probs.masked_fill(~contending, -1.0).argsort(dim=0, descending=True, stable=True)
         ranks = torch.arange(1, len(order) + 1, device=order.device)[:, None].expand_as(order)
