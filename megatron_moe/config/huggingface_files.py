@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.config.model_file import read_model
+from megatron_moe.config.model_file import MOST_IDS, read_model
 
 
 def tokenizer_json(path: str | Path) -> Path:
@@ -28,7 +28,7 @@ def read_tokenizer_json(path: str | Path) -> tuple[bytes, dict[str, Any]]:
     file = tokenizer_json(path)
     content = read_model(file, "the tokenizer.json")
     try:
-        tokenizer = json.loads(content)
+        tokenizer = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a tokenizer.json: {error}") from None
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
@@ -63,7 +63,7 @@ def end_of_document(path: str | Path, eod: str | None) -> str:
 
 
 def _vocabulary(file: Path, description: Mapping[str, Any]) -> dict[str, int]:
-    """Token -> id."""
+    """Token -> id. InputError if there is none, or if an id is no number or beyond MOST_IDS."""
     vocab, added = description["model"].get("vocab"), description.get("added_tokens") or []
     try:
         # Unigram models have a list of pieces with their scores, the others a mapping.
@@ -73,6 +73,12 @@ def _vocabulary(file: Path, description: Mapping[str, Any]) -> dict[str, int]:
         tokens = {}
     if not tokens:
         raise InputError(f"{file}: not a tokenizer.json: it has no vocabulary")
+    for token, number in tokens.items():
+        if not isinstance(number, int) or not 0 <= number < MOST_IDS:
+            raise InputError(
+                f"{file}: not a tokenizer.json: the id of '{token}' is {str(number)[:40]}; ids are numbers "
+                f"below {MOST_IDS:,}"
+            )
     return tokens
 
 
@@ -92,7 +98,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot read the end of text from it: {error}") from None
     return values if isinstance(values, dict) else {}
 

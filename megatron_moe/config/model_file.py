@@ -7,6 +7,9 @@ from pathlib import Path
 
 from megatron_moe.config.errors import InputError
 
+MOST_IDS = 10_000_000
+"""Far above any tokenizer. A larger id is a mistake, which would fill the memory."""
+
 
 def read_model(path: str | Path, what: str) -> bytes:
     """The bytes of a tokenizer's file. InputError if it cannot be read; `what`: such as "the sentencepiece

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_moe.config import huggingface_files
 from megatron_moe.config.errors import InputError
-from megatron_moe.config.model_file import read_model
+from megatron_moe.config.model_file import MOST_IDS, read_model
 
 BYTES_VOCAB_SIZE = 257
 """256 byte values and the end of a document."""
@@ -65,7 +65,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
                 f"{path}:{number}: not ranks in tiktoken's form, a token in base64 and its id a line: "
                 f"{line[:40].decode(errors='replace')}"
             ) from None
-        if rank < 0 or not token or token in ranks or rank in owners:
+        if not 0 <= rank < MOST_IDS or not token or token in ranks or rank in owners:
             other = "a token twice" if token in ranks else f"an id twice, or one that cannot be: {rank}"
             raise InputError(f"{path}:{number}: holds {other if token else 'a token without bytes'}")
         ranks[token] = owners[rank] = rank

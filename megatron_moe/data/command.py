@@ -66,7 +66,10 @@ def run(
         with staging(model, wait=False) as folder:
             # An earlier model stays until the token files of the new one are there.
             trained = folder / model.name
-            train_on([Corpus(files, json_key, bad_records)], vocab_size, trained)
+            try:
+                train_on([Corpus(files, json_key, bad_records)], vocab_size, trained)
+            except InputError as error:
+                raise InputError(str(error).replace("vocab_size: ", "--vocab-size ", 1)) from None
             manifest = make(tokenizer=load_tokenizer(kind, trained))
             trained.replace(model)
     _print_summary(manifest, output, model)

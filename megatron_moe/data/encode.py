@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_moe.config.errors import InputError
 from megatron_moe.data.documents import BadRecords, Chunk, stop, texts
 from megatron_moe.data.tokenizers import Tokenizer
 
@@ -56,7 +57,10 @@ def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
     bad: list[str] = []
     complain = stop if encoder.bad_records == "error" else bad.append
     documents = list(texts(chunk, encoder.json_key, complain))
-    ids = encoder.tokenizer.encode_many(documents)
+    try:
+        ids = encoder.tokenizer.encode_many(documents)
+    except InputError as error:
+        raise InputError(f"{chunk.path}: from line or row {chunk.first} on: {error}") from None
     end = int(encoder.append_eod and chunk.ends_document)
     lengths = np.array([found.size + end for found in ids if found.size], np.int64)
     tokens = np.empty(int(lengths.sum()), encoder.dtype)

@@ -51,6 +51,14 @@ class HuggingFaceTokenizer:
             )
         name = end_of_document(path, eod)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        for token in description.get("added_tokens") or []:
+            if vocabulary[token["content"]] != token["id"]:
+                raise InputError(
+                    f"{file}: gives the added token '{token['content']}' the id {token['id']:,}, of which "
+                    f"tokenizers makes {vocabulary[token['content']]:,}, as it numbers them without gaps; "
+                    "number them so in the file"
+                )
+        self._file = file
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod = vocabulary[name]
         self.sha256 = hashlib.sha256(content + b"\0" + name.encode()).hexdigest()
@@ -62,16 +70,25 @@ class HuggingFaceTokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         ids: list[NDArray[np.uint32]] = [np.zeros(0, np.uint32)] * len(texts)
         short = [at for at, text in enumerate(texts) if len(text) <= 2 * _PART_CHARACTERS]
-        encodings = self._tokenizer.encode_batch_fast([texts[at] for at in short], add_special_tokens=False)
-        for at, encoding in zip(short, encodings, strict=True):
-            ids[at] = as_array(encoding.ids)
+        for at, found in zip(short, self._encode_each([texts[at] for at in short]), strict=True):
+            ids[at] = as_array(found)
         for at in {*range(len(texts))}.difference(short):
             ids[at] = np.concatenate([as_array(part) for part in self._encode_parts(texts[at])])
         return ids
 
     def _encode_parts(self, text: str) -> Iterator[list[int]]:
         for part in parts(text, self.cuts, _PART_CHARACTERS):
-            yield self._tokenizer.encode_batch_fast([part], add_special_tokens=False)[0].ids
+            yield from self._encode_each([part])
+
+    def _encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            # The library raises nothing more special; where Rust gives up, it is not even an Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"{self._file}: has no ids for a text: {error}") from None
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish."""

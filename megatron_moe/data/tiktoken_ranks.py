@@ -19,6 +19,7 @@ from megatron_moe.data.word_patterns import TIKTOKEN
 
 DEFAULT_PATTERN = "cl100k_base"
 _PART_CHARACTERS = 1 << 20
+_PROBE = "A word, 12 of them;\n\n\ttwo  lines: «é»\n"
 
 
 class TiktokenTokenizer:
@@ -34,13 +35,13 @@ class TiktokenTokenizer:
                 behind them.
             pattern: one of `TIKTOKEN`, or a regular expression.
 
-        InputError for what are no ranks, and for what is no expression.
+        InputError for what are no ranks, and for what is no expression, or leaves out some characters.
         """
         library = optional("tiktoken", "tiktoken", str(path))
         ranks = read_ranks(path)
         self.eod = eod_rank(ranks, eod)
         self.vocab_size = max(*ranks.values(), self.eod) + 1
-        name = pattern or DEFAULT_PATTERN
+        self._pattern = name = pattern or DEFAULT_PATTERN
         expression = TIKTOKEN.get(name, name)
         self.cuts: Cuts = "behind words" if name in TIKTOKEN else "nowhere"
         decides = [
@@ -63,6 +64,7 @@ class TiktokenTokenizer:
             raise InputError(
                 f"pattern: '{name}' is none of {known}, and no regular expression: {error}"
             ) from None
+        self._encode(_PROBE)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.encode_many([text])[0].tolist()
@@ -77,5 +79,25 @@ class TiktokenTokenizer:
 
     def _encode(self, text: str) -> NDArray[Any]:
         encode = self._encoding.encode_to_numpy
-        found = [encode(part, disallowed_special=()) for part in parts(text, self.cuts, _PART_CHARACTERS)]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        try:
+            found = [encode(part, disallowed_special=()) for part in parts(text, self.cuts, _PART_CHARACTERS)]
+        except BaseException as error:
+            # Where Rust gives up, it is not even an Exception.
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+                raise
+            raise InputError(f"pattern: '{self._pattern}' cannot be matched to a text: {error}") from None
+        ids = found[0] if len(found) == 1 else np.concatenate(found)
+        if self._pattern not in TIKTOKEN:
+            self._check_whole(text, ids)
+        return ids
+
+    def _check_whole(self, text: str, ids: NDArray[Any]) -> None:
+        spelled = self._encoding.decode_bytes(ids.tolist())
+        if spelled != text.encode():
+            # Where both go apart; at the end if only the end is left out.
+            pairs = zip(spelled.decode(errors="replace"), text, strict=False)
+            place = next((at for at, (a, b) in enumerate(pairs) if a != b), -1)
+            raise InputError(
+                f"pattern: '{self._pattern}' leaves out {text[place]!r} in a text; it has to match every "
+                f"character, or to be one of {', '.join(TIKTOKEN)}"
+            )

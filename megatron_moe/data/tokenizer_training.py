@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_moe.config.errors import InputError, not_written
+from megatron_moe.config.model_file import MOST_IDS
 from megatron_moe.data.documents import BadRecords, stop, texts
 from megatron_moe.data.inputs import open_input
 from megatron_moe.data.staging import staging, sync_folder
@@ -28,8 +29,6 @@ _RESERVED = re.compile("[\\n\\r\\t\\0\u2047\u2581]")
 part of a piece."""
 
 _SPECIAL_IDS = 3
-_MOST_IDS = 10_000_000
-"""Far above any tokenizer; with more, sentencepiece does not come back for minutes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def train_on(corpora: Sequence[Corpus], vocab_size: int, output: Path) -> None:
 def _train(sentences: Iterator[str], vocab_size: int) -> bytes:
     import sentencepiece
 
-    if vocab_size > _MOST_IDS:
+    if vocab_size > MOST_IDS:  # sentencepiece would not come back for minutes
         raise InputError(f"vocab_size: {vocab_size} ids are more than text gives; for example 32000")
     first = next(sentences, None)
     if first is None:

@@ -85,7 +85,10 @@ class SentencePieceTokenizer:
         # The model alone decides the ids, unless its own end is not the one that is taken.
         own_end = self.eod == self._processor.eos_id()
         self.sha256 = hashlib.sha256(model if own_end else model + b"\0" + str(eod).encode()).hexdigest()
-        self.cuts: Cuts = "behind newlines" if self._keeps_lines_apart() else "nowhere"
+        try:
+            self.cuts: Cuts = "behind newlines" if self._keeps_lines_apart() else "nowhere"
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: a damaged sentencepiece model: a piece is not UTF-8") from None
         # Sentencepiece reads the character that it writes spaces with as a space; its bytes keep it what it
         # is, where the text behind them begins without a space of its own.
         space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]

@@ -106,3 +106,8 @@ def test_an_earlier_tokenizer_stays_when_the_token_files_fail(tmp_path: Path) ->
         command.run([str(SHAKESPEARE)], tmp_path / "out", vocab_size=400)
     assert names(tmp_path) == {"out.bin", "out.model"}
     assert (tmp_path / "out.model").read_text() == "an earlier one"
+
+
+def test_the_size_of_a_tokenizer_is_named_as_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--vocab-size 100 ids are too few .*smallest that works is"):
+        command.run([str(SHAKESPEARE)], tmp_path / "out", vocab_size=100)

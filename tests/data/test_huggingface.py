@@ -187,9 +187,9 @@ def test_the_size_counts_added_tokens_and_gaps(folder: Path) -> None:
     library.add_tokens(["one more", "and more"])
     library.save(str(folder / "tokenizer.json"))
     assert vocab_size("huggingface", folder) == load_tokenizer("huggingface", folder).vocab_size == before + 2
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    model["vocab"]["far"] = before + 900
-    changed(folder, model=model)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["model"]["vocab"]["far"] = before + 900
+    changed(folder, model=description["model"], added_tokens=description["added_tokens"][:-2])
     assert (
         vocab_size("huggingface", folder) == load_tokenizer("huggingface", folder).vocab_size == before + 901
     )
@@ -303,6 +303,42 @@ def test_wrong_paths_are_named(tmp_path: Path) -> None:
             load("huggingface", tmp_path)
         with pytest.raises(InputError, match=r"none\.json: cannot read the tokenizer\.json: No such file"):
             load("huggingface", tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("number", ["x", -1, 10**12])
+def test_ids_that_cannot_be_are_named(folder: Path, number: object) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    model["vocab"]["far"] = number
+    changed(folder, model=model)
+    for load in (vocab_size, lambda *where: load_tokenizer(*where, eod="far")):
+        with pytest.raises(InputError, match=rf"tokenizer\.json: (not|.*cannot).*{number}"):
+            load("huggingface", folder)
+
+
+def test_an_added_token_that_the_library_numbers_anew_is_named(folder: Path) -> None:
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    changed(folder, added_tokens=[*added, added[0] | {"content": "<far>", "id": 5000}])
+    with pytest.raises(InputError, match=r"added token '<far>' the id 5,000, of which tokenizers makes \d"):
+        load_tokenizer("huggingface", folder)
+
+
+def test_a_text_without_ids_is_named(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {"</s>": 0, "known": 1}}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model})
+    )
+    path = write_text(tmp_path / "x.txt", "known\n\nunheard of\n")
+    tokenizer = load_tokenizer("huggingface", tmp_path, eod="</s>")
+    with pytest.raises(InputError, match=r"x\.txt: from line or row 1 on: .*tokenizer\.json: has no ids"):
+        preprocess([path], tmp_path / "out", tokenizer)
+
+
+def test_an_expression_that_never_ends_is_named(folder: Path) -> None:
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.pre_tokenizer = isolated(r"(a+)+$")
+    library.save(str(folder / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"has no ids for a text: .*retry-limit"):
+        load_tokenizer("huggingface", folder).encode("a" * 40 + "!")
 
 
 def test_merges_left_out_at_random_are_refused(folder: Path) -> None:

@@ -160,6 +160,7 @@ WRONG = {
     "json": (b'{"a": 1}', r"x\.tiktoken:1: not ranks"),
     "no id": (b"\n".join([*LINES, b"bW9yZQ=="]), rf"x\.tiktoken:{len(LINES) + 1}: not ranks"),
     "id twice": (b"\n".join([*LINES, b"bW9yZQ== 7"]), r"holds an id twice"),
+    "absurd id": (b"\n".join([*LINES, b"bW9yZQ== 99999999999"]), r"one that cannot be: 99999999999"),
     "negative id": (b"\n".join([*LINES, b"bW9yZQ== -7"]), r"one that cannot be: -7"),
     "token twice": (b"\n".join([*LINES, LINES[3]]), r"holds a token twice"),
     "bytes missing": (
@@ -186,6 +187,15 @@ def test_wrong_expressions_paths_and_packages_are_named(
         InputError, match=r"^pattern: 'cl100k\(' is none of gpt2, cl100k_base, o200k_base, and no"
     ):
         load_tokenizer("tiktoken", ranks, pattern="cl100k(")
+    with pytest.raises(InputError, match=r"^pattern: '\[a-z\]\+' leaves out 'A' in a text; it has to match"):
+        load_tokenizer("tiktoken", ranks, pattern="[a-z]+")
+    with pytest.raises(InputError, match=r"^pattern: 'x\*' cannot be matched to a text"):
+        load_tokenizer("tiktoken", ranks, pattern="x*")
+    never_ends = load_tokenizer("tiktoken", ranks, pattern=r"(aa|a)+(?!.)(?<=!)|(?s:.)")
+    with pytest.raises(InputError, match=r"^pattern: .* cannot be matched to a text: .*backtracking"):
+        never_ends.encode("a" * 100 + "!")
+    with pytest.raises(InputError, match=r"leaves out 'É'"):
+        load_tokenizer("tiktoken", ranks, pattern=r"[^\u00c9]").encode("cafÉ")
     with pytest.raises(InputError, match=r"is a folder; name the file of tiktoken's ranks .*x\.tiktoken"):
         load_tokenizer("tiktoken", tmp_path)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
