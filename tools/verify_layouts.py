@@ -104,10 +104,10 @@ def main(wanted: list[str]) -> int:
 
 
 def _table() -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("case", "layout"):
-        table.add_column(title)
-    for title in ("ranks", "gradients", "loss", "seconds"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("case")
+    table.add_column("layout", no_wrap=True)
+    for title in ("ranks", "gradients", "loss", "s"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     return table
@@ -117,7 +117,8 @@ def _add(table: Table, name: str, layout: Layout, found: Outcome) -> None:
     differences = ["-" if it is None else f"{it:.0e}" for it in (found.gradients, found.loss)]
     verdict = "[bold red]FAIL[/]" if found.reasons else "[green]PASS[/]"
     seconds = f"{found.seconds:.1f}"
-    table.add_row(name, layout.axes, str(layout.world_size), *differences, seconds, verdict)
+    axes = layout.axes.replace(" ", "").replace(",", " ")  # TP 2, EP 2 as names of cases say it: TP2 EP2
+    table.add_row(name, axes, str(layout.world_size), *differences, seconds, verdict)
 
 
 if __name__ == "__main__":
