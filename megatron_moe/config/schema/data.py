@@ -28,7 +28,7 @@ class Tokenizer(Section):
     """Ids of a sentencepiece model that is trained here."""
     eod: Annotated[str, Field(min_length=1)] | None = None
     """The token that ends a document, as text. Default: the one that the tokenizer's files name as end of
-    text; tiktoken's ranks name none."""
+    text; tiktoken's ranks name none, and `<|endoftext|>` gets the first id behind them."""
     pattern: Annotated[str, Field(min_length=1)] | None = None
     """Regular expression that cuts text before tiktoken's ranks merge bytes: gpt2, cl100k_base, o200k_base,
     or an expression. Default: cl100k_base."""
