@@ -26,11 +26,10 @@ def test_a_tiny_model_learns_more_than_frequencies(tmp_path):
         logging={"root": str(tmp_path)},
     )
     ranks(2).run(on_ranks.train, made, tmp_path / "run")
-    manifest = prepare(made, tmp_path).manifest
-    assert manifest is not None
+    (source,) = prepare(made, tmp_path).sources
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert losses[0] > 5.3, "at first every byte is as likely as any other"
-    assert sum(losses[-10:]) / 10 < manifest.unigram_entropy_nats - 0.3, losses
+    assert sum(losses[-10:]) / 10 < source.manifest.unigram_entropy_nats - 0.3, losses
 
 
 def test_precision_auto_is_what_is_fast_here():
