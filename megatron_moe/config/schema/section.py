@@ -11,6 +11,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 LayerCount = Annotated[int, Field(ge=1, le=10_000)]
 ExpertCount = Annotated[int, Field(ge=1, le=100_000)]
 RankCount = Annotated[int, Field(ge=1, le=100_000)]
+SequenceCount = Annotated[int, Field(ge=1, le=10_000_000)]
 """Counts of what is written down one by one: beyond these a slip of the keyboard would fill the memory."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

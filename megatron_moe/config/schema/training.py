@@ -13,6 +13,7 @@ from megatron_moe.config.schema.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    SequenceCount,
 )
 
 
@@ -76,12 +77,12 @@ class Training(Section):
 
     train_iters: PositiveInt
     """Optimizer steps in all."""
-    global_batch_size: PositiveInt
+    global_batch_size: SequenceCount
     """Sequences a step, over all replicas and microbatches."""
     rampup_batch_size: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)] | None = None
     """[start, increment, samples]: begin with a global batch of `start` sequences and add `increment` at
     equal distances of samples, so that global_batch_size is reached after so many. Default: none."""
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: SequenceCount = 1
     """Sequences b that one replica runs at once."""
     seq_length: PositiveInt
     """Tokens s a sequence."""
