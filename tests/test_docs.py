@@ -90,7 +90,7 @@ def test_files_in_the_tree_exist(page: Path) -> None:
     """Files of ours that stand in inline code, and the lines of the README's tree."""
     text = page.read_text(encoding="utf-8")
     for name in re.findall(
-        r"`((?:megatron_moe|configs|tests|tools|corpus|docs|constraints)/[\w./-]+)`", text
+        r"`((?:megatron_moe|configs|tests|tools|corpus|docs|constraints|scripts)/[\w./-]+)`", text
     ):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
     for name in re.findall(r"`((?:cli|launch|training|model|data|engine|plan|config)[\w/]*\.py)`", text):
