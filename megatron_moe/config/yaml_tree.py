@@ -123,13 +123,15 @@ def _mapping(
 def _scalar(node: Node, path: KeyPath, file: str, tree: Tree) -> Any:
     text = str(node.value)
     kind = str(node.tag).removeprefix(_TAG)
+    where = f"{file}:{_line(node)}: {dotted(path)}" if file else f"override {dotted(path)}"
     if kind in ("str", "timestamp"):  # the core schema of YAML 1.2 knows no dates
-        return text
+        if "\0" in text:  # which no path may hold
+            tree.problems.append(f"{where}: holds the character \\0; take it out")
+        return text.replace("\0", "")
     if kind == "null":
         return None
     if kind == "bool":
         return text.lower() == "true"
-    where = f"{file}:{_line(node)}: {dotted(path)}" if file else f"override {dotted(path)}"
     if kind in ("int", "float"):
         try:
             return _int(text) if kind == "int" else _float(text)

@@ -119,3 +119,8 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
             load(path)
         (line,) = caught.value.problems
         assert words in line
+
+
+def test_a_nul_in_a_text_is_named_with_its_key(tmp_path: Path) -> None:
+    found = problems(tmp_path, DENSE, ['logging.root="a\\0b"'])
+    assert found == ["override logging.root: holds the character \\0; take it out"]

@@ -8,11 +8,13 @@ from pydantic import Field
 
 from megatron_moe.config.schema.section import (
     InputPath,
-    NonNegativeFloat,
-    PositiveFloat,
     PositiveInt,
     Section,
 )
+
+_LARGEST_WEIGHT = 1e12
+"""Beyond all purposes; sums of them stay finite."""
+Weight = Annotated[float, Field(ge=0, le=_LARGEST_WEIGHT, allow_inf_nan=False)]
 
 
 class Tokenizer(Section):
@@ -60,16 +62,14 @@ class Source(Section):
     """Token files in Megatron's format, without .bin/.idx."""
     prepare: Prepare | None = None
     """Raw text to make the token files from, instead of path."""
-    weight: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] | None = (
-        None
-    )
+    weight: Weight | Annotated[list[Weight], Field(min_length=2, max_length=3)] | None = None
     """Share of the samples that come from here, in proportion to the other sources: one number for every part
     that split gives documents to, or a list with one for each of the training, validation (and test) parts.
     Default: in proportion to the source's samples times epochs."""
-    epochs: PositiveFloat | None = None
+    epochs: Annotated[float, Field(gt=0, le=_LARGEST_WEIGHT, allow_inf_nan=False)] | None = None
     """Instead of weight: how often this source is seen while one of epochs 1 is seen once. Default: 1, where
     no source has a weight."""
-    split: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] | None = None
+    split: Annotated[list[Weight], Field(min_length=2, max_length=3)] | None = None
     """Weights of the parts of this source: `[0, 100]` makes it a source of validation only. Default:
     data.split."""
 
@@ -92,7 +92,7 @@ class Data(Section):
     then perhaps epochs."""
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     """The tokenizer; its hash must be that of the token files."""
-    split: Annotated[list[NonNegativeFloat], Field(min_length=2, max_length=3)] = Field(default=[95.0, 5.0])
+    split: Annotated[list[Weight], Field(min_length=2, max_length=3)] = Field(default=[95.0, 5.0])
     """Weights of the training, validation (and test) parts, by documents in file order."""
     eod_mask_loss: bool = False
     """Leave the first token of each document out of the loss, which only the end of another document stands
