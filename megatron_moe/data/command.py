@@ -131,12 +131,9 @@ def _loaded(kind: str, model: Path | None, eod: str | None, pattern: str | None)
 def _print_summary(manifest: Manifest, output: Path, model: Path | None) -> None:
     assert manifest.text_bytes is not None
     console = Console(highlight=False, soft_wrap=True)
-    left_out = {
-        "empty ones left out": manifest.empty_documents,
-        "bad records skipped": manifest.skipped_records,
-    }
-    counts = ", ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
-    console.print(f"documents         {manifest.documents:,}{f' ({counts})' if counts else ''}")
+    left_out = {"empty": manifest.empty_documents, "bad": manifest.skipped_records}
+    counts = " and ".join(f"{count:,} {what}" for what, count in left_out.items() if count)
+    console.print(f"documents         {manifest.documents:,}{f' ({counts} left out)' if counts else ''}")
     console.print(
         f"tokens            {manifest.tokens:,}, {manifest.text_bytes / manifest.tokens:.2f} bytes a token"
     )

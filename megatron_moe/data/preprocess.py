@@ -190,8 +190,8 @@ def _tell_skipped(count: int, first: Sequence[str]) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     for problem in first:
         console.print(f"skipped {one_line(problem)}")
-    if count > len(first):
-        console.print(f"skipped {count - len(first):,} more bad records, {count:,} in all")
+    if more := count - len(first):
+        console.print(f"skipped {more:,} more bad record{'s' * (more != 1)}, {count:,} in all")
 
 
 def _publish(staged: Path, prefix: Path) -> None:

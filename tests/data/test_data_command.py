@@ -48,7 +48,7 @@ def test_a_given_model_is_used_and_empty_documents_are_told(
     capsys.readouterr()
     manifest = command.run([path], tmp_path / "y", model=tmp_path / "x.model", workers=2)
     assert manifest.tokenizer_sha256 == SentencePieceTokenizer(tmp_path / "x.model").sha256
-    assert "2 (2 empty ones left out)" in capsys.readouterr().out
+    assert "2 (2 empty left out)" in capsys.readouterr().out
     assert not (tmp_path / "y.model").exists()
 
 
