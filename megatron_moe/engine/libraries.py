@@ -7,11 +7,12 @@ import importlib
 import io
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from megatron_moe.engine.machine import PACKAGES, Machine
+from megatron_moe.engine.machine import Machine
 
 _IMPORTED = {
     "torch": ("torch",),
@@ -22,6 +23,9 @@ _IMPORTED = {
 }
 """Package -> what is imported of it: the parts that were compiled for one torch and one CUDA."""
 
+OPTIONAL = ("transformer-engine", "apex", "deep-ep")
+"""Those that a run can do without."""
+
 
 @dataclass(frozen=True)
 class Libraries:
@@ -29,6 +33,8 @@ class Libraries:
 
     broken: dict[str, str] = field(default_factory=dict)
     """Package -> why it cannot be imported though it is installed."""
+    blamed: dict[str, str] = field(default_factory=dict)
+    """Package -> the optional one that it imports and that is broken."""
     visible_gpus: int = 0
     """GPUs that torch can use."""
     gpu_problem: str = ""
@@ -40,22 +46,57 @@ class Libraries:
 def load(machine: Machine) -> Libraries:
     """Import what is installed, and look. Takes some seconds, and prints nothing."""
     with _silence(), _without_wandb():
-        broken = dict(_broken(name for name in _IMPORTED if name in machine.packages))
+        errors = dict(_broken(name for name in _IMPORTED if name in machine.packages))
+        broken = {name: _in_words(error) for name, error in errors.items()}
+        blamed = {
+            name: other for name, error in errors.items() if (other := culprit(error)) not in (None, name)
+        }
         if "torch" not in machine.packages or "torch" in broken:
-            return Libraries(broken)
+            return Libraries(broken, blamed)
         visible, problem = _visible_gpus(machine)
-        return Libraries(broken, visible, problem, _nccl())
+        return Libraries(broken, blamed, visible, problem, _nccl())
 
 
-def _broken(packages: Iterable[str]) -> Iterator[tuple[str, str]]:
+def culprit(error: BaseException) -> str | None:
+    """The optional package in whose import the error was raised; None where it was in none's.
+
+    Megatron-Core imports what is installed of them, and takes an ImportError only for an answer.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "<module>":
+            module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if (name := module.replace("_", "-")) in OPTIONAL:
+                return name
+    return None
+
+
+def explanation(error: BaseException) -> str | None:
+    """One line on an error that an optional package raised when it was imported, and what to do; else
+    None."""
+    name = culprit(error)
+    if name is None:
+        return None
+    return f"{name} is installed, but cannot be imported ({_in_words(error)}); {remedy(name)}"
+
+
+def remedy(name: str) -> str:
+    """What to do about an optional package that cannot be imported."""
+    return f"build it again for this torch, or pip uninstall {name}"
+
+
+def _in_words(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _broken(packages: Iterable[str]) -> Iterator[tuple[str, Exception]]:
     for package in packages:
         try:
             for module in _IMPORTED[package]:
                 importlib.import_module(module)
         # A library that was built for another one fails in any way: OSError, AttributeError, RuntimeError ...
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            yield package, f"{type(error).__name__}: {lines[0] if lines else PACKAGES[package]}"
+            yield package, error
 
 
 def _visible_gpus(machine: Machine) -> tuple[int, str]:

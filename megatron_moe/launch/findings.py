@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe.config.run_rules import MEGATRON_CORE_VERSIONS
-from megatron_moe.engine.libraries import Libraries
+from megatron_moe.engine.libraries import Libraries, remedy
 from megatron_moe.engine.machine import Machine
 
 PYTHON_VERSIONS = ((3, 11), (3, 14))
@@ -93,12 +93,12 @@ def version_range(name: str) -> str:
 def _imports(libraries: Libraries) -> Iterator[Finding]:
     for name, reason in libraries.broken.items():
         stops = name in ("torch", "megatron-core")
-        remedy = (
-            f"pip install --force-reinstall {name}"
-            if stops
-            else f"build it again for this torch, or pip uninstall {name}"
-        )
-        yield Finding(f"{name} is installed, but cannot be imported: {reason}", remedy, stops)
+        if (other := libraries.blamed.get(name)) is not None:
+            what = f"{name} cannot be imported, because {other} is installed and cannot: {reason}"
+            yield Finding(what, remedy(other), stops)
+        elif name not in libraries.blamed.values():
+            advice = f"pip install --force-reinstall {name}" if stops else remedy(name)
+            yield Finding(f"{name} is installed, but cannot be imported: {reason}", advice, stops)
 
 
 def _gpus(machine: Machine, libraries: Libraries) -> Iterator[Finding]:

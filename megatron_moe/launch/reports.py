@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_moe.config.errors import InputError, RunError
+from megatron_moe.engine import libraries
 
 FOLDER_VARIABLE = "MEGATRON_MOE_REPORTS"
 """Environment variable: the folder that ranks write their reports to."""
@@ -71,7 +72,9 @@ def of_exception(rank: int, error: BaseException, code: int) -> Report:
 
 def _known(error: BaseException) -> str | None:
     """One line for what needs no traceback."""
-    if isinstance(error, BrokenPipeError):
+    # rich makes an exit of a broken pipe.
+    left = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(left, BrokenPipeError):
         return "nobody reads the output any more (broken pipe); send it to a file"
     if _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
         what = str(error).splitlines()[0]
@@ -79,7 +82,7 @@ def _known(error: BaseException) -> str | None:
             f"out of memory ({what}); a smaller training.micro_batch_size, recompute.layers_per_stage, "
             "or more ranks need less on each"
         )
-    return None
+    return libraries.explanation(error)
 
 
 def waited_in_vain(report: Report) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.engine.fast_paths import fast_paths, said_at_start
-from megatron_moe.engine.libraries import Libraries
+from megatron_moe.engine.libraries import Libraries, culprit
 from megatron_moe.engine.machine import Gpu, Machine
 from megatron_moe.launch import findings as findings_module
 from megatron_moe.launch.doctor import Report, lines
 from megatron_moe.launch.findings import findings
+from megatron_moe.launch.reports import of_exception
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, (9, 0))
 V100 = Gpu("Tesla V100-SXM2-32GB", 32 * 2**30, (7, 0))
@@ -119,6 +121,32 @@ def test_what_is_wrong_is_found(change, libraries, words, stops) -> None:
     assert len(found) == (words != "")
     if found:
         assert words in found[0][0] and found[0][1] is stops
+
+
+def test_an_optional_package_that_keeps_megatron_core_from_being_imported_is_blamed() -> None:
+    reason = "RuntimeError: undefined symbol"
+    libraries = Libraries(
+        {"megatron-core": reason, "transformer-engine": reason}, {"megatron-core": "transformer-engine"}
+    )
+    (found,) = findings(GPU_NODE, libraries)
+    assert found.stops and found.what.endswith(
+        f"because transformer-engine is installed and cannot: {reason}"
+    )
+    assert found.remedy.endswith("pip uninstall transformer-engine")
+
+
+def test_the_error_of_a_broken_package_names_it(tmp_path, monkeypatch) -> None:
+    """Megatron-Core takes an ImportError only for a package that is missing."""
+    (tmp_path / "transformer_engine.py").write_text("raise OSError('undefined symbol\\nsecond line')\n")
+    (tmp_path / "imports_it.py").write_text("import transformer_engine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(OSError) as caught:
+        importlib.import_module("imports_it")
+    written = of_exception(3, caught.value, code=1)
+    (line,) = written.problems
+    assert line.startswith("rank 3: transformer-engine is installed, but cannot be imported (OSError: undefi")
+    assert line.endswith("pip uninstall transformer-engine") and "\n" not in line
+    assert culprit(OSError("undefined symbol")) is None
 
 
 def test_what_stops_training_stands_before_what_does_not() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fake_ranks import is_alive, pids_of, rank_program, start_launcher, wait_until
 
+from megatron_moe.launch import reports
 from megatron_moe.launch.outcome import Outcome
 from megatron_moe.launch.supervisor import run_ranks
 
@@ -129,6 +130,13 @@ def test_what_needs_no_traceback_is_one_line(tmp_path, error, words):
     outcome = run(tmp_path, f"report({error})", world_size=1)
     assert (outcome.exit_code, outcome.error.count("\n")) == (1, 0)
     assert outcome.error.startswith("rank 0: ") and words in outcome.error
+
+
+def test_an_exit_that_rich_makes_of_a_broken_pipe_is_one_line_too():
+    exit_of_rich = SystemExit(1)
+    exit_of_rich.__context__ = BrokenPipeError(32, "Broken pipe")
+    (line,) = reports.of_exception(0, exit_of_rich, code=1).problems
+    assert line.startswith("rank 0: nobody reads the output")
 
 
 def test_input_errors_are_their_lines_and_exit_code_2(tmp_path):
