@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -39,8 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(one_line(str(error)), file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # Whoever read our output is gone; Python would complain once more when it closes stdout.
+    except OSError as error:
+        # Whoever read our output is gone, or the file that it goes to has no room.
+        if error.errno not in (errno.EPIPE, errno.ENOSPC) or error.filename is not None:
+            raise
+        if error.errno == errno.ENOSPC:
+            print("The output cannot be written: no space left on its device.", file=sys.stderr)
+        # Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -226,7 +232,7 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
     add(
         "--pattern",
         metavar="NAME",
-        help="how text is cut for tiktoken's ranks: gpt2, cl100k_base (default), o200k_base, or an expression",
+        help="how tiktoken cuts text: gpt2, cl100k_base (default), o200k_base, or an expression",
     )
     add(
         "--json-key",

@@ -180,3 +180,13 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_an_output_that_finds_no_room_is_one_line() -> None:
+    program = [sys.executable, "-m", "megatron_moe", "validate", QUICKSTART]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "The output cannot be written: no space left on its device.\n",
+    )
