@@ -62,6 +62,7 @@ def _noted_scan(files: TokenFiles, tokenizer: Tokenizer, notes: Path) -> Manifes
     identity = [
         str(files.prefix.resolve()),
         tokenizer.vocab_size,
+        tokenizer.eod,
         *((stat.st_size, stat.st_mtime_ns) for stat in stats),
     ]
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:12]
@@ -70,13 +71,13 @@ def _noted_scan(files: TokenFiles, tokenizer: Tokenizer, notes: Path) -> Manifes
         return noted
     with staging(note, wait=True) as folder:
         if (noted := read_manifest(note)) is None:
-            noted = _scan(files, tokenizer.vocab_size)
+            noted = _scan(files, tokenizer.vocab_size, tokenizer.eod)
             write_manifest(folder / note.name, noted)
             (folder / note.name).rename(note)
     return noted
 
 
-def _scan(files: TokenFiles, vocab_size: int) -> Manifest:
+def _scan(files: TokenFiles, vocab_size: int, eod: int) -> Manifest:
     tokens = files.read()
     counts = np.zeros(vocab_size, np.int64)
     smallest, largest = 0, 0
@@ -102,7 +103,7 @@ def _scan(files: TokenFiles, vocab_size: int) -> Manifest:
         tokens=files.tokens,
         text_bytes=None,
         unigram_entropy_nats=entropy_nats(counts),
-        append_eod=None,
+        append_eod=None if counts[eod] else False,
         bin_bytes=bin_path(files.prefix).stat().st_size,
         idx_bytes=idx_path(files.prefix).stat().st_size,
         inputs=[],

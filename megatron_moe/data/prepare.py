@@ -81,16 +81,16 @@ def _prepare_source(
     assert source.path is not None
     with naming(f"{key}.path"):
         manifest = check_token_files(Path(source.path), tokenizer, made_here)
-        _check_ends(data, Path(source.path), manifest)
+        _check_ends(data, Path(source.path), manifest, tokenizer.eod)
     return PreparedSource(name, Path(source.path), manifest, made_here / "index")
 
 
-def _check_ends(data: Data, prefix: Path, manifest: Manifest) -> None:
+def _check_ends(data: Data, prefix: Path, manifest: Manifest, eod: int) -> None:
     """InputError where an option goes by the ends of documents and there are none."""
     for option in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
         if getattr(data, option) and manifest.append_eod is False:
             raise InputError(
-                f"{prefix} was made without ends of documents, which data.{option} goes by; set that to "
+                f"{prefix} has no ends of documents (the id {eod}), which data.{option} goes by; set that to "
                 "false, or make the files again with append_eod"
             )
 

@@ -251,6 +251,17 @@ def test_files_of_megatron_lm_are_accepted_and_read_through_once(
         made(at_path(prefix, BYTES), tmp_path / "runs")
 
 
+@pytest.mark.parametrize("option", ["eod_mask_loss", "reset_attention_mask"])
+def test_files_without_ends_are_refused_where_an_option_goes_by_them(tmp_path: Path, option: str) -> None:
+    made(at_path(by_megatron(tmp_path / "a", [[1, 2, 256] * 20] * 2), BYTES), tmp_path / "runs")
+    ended = at_path(tmp_path / "a", BYTES).model_copy(update={option: True})
+    assert files_of(made(ended, tmp_path / "runs")).manifest.append_eod is None
+    by_megatron(tmp_path / "b", [[1, 2, 255] * 20] * 2)
+    endless = at_path(tmp_path / "b", BYTES).model_copy(update={option: True})
+    with pytest.raises(InputError, match=rf"^data\.path: .*b has no ends .*\(the id 256\), .*data\.{option}"):
+        made(endless, tmp_path / "runs")
+
+
 def test_a_part_without_a_sample_is_found_before_any_rank_starts(tmp_path: Path) -> None:
     prefix = by_megatron(tmp_path / "lm", [[1, 2, 256] * 4, [1, 3, 256]])
     with pytest.raises(InputError, match=r"^data\.split: the training part .*training\.seq_length below 15"):
