@@ -24,21 +24,23 @@ fail() {
     exit 2
 }
 
-whole_number() { # NAME SMALLEST
-    [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || fail "$1 must be a whole number of at least $2, not '${!1}'"
+whole_number() { # NAME SMALLEST LARGEST
+    [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ && ${!1} -ge $2 && ${!1} -le $3 ]] ||
+        fail "$1 must be a whole number from $2 to $3, not '${!1}'"
 }
 
 [[ -n $CONFIG ]] || fail "CONFIG is not filled in: name the experiment's YAML file at the top of this file"
 [[ -f $CONFIG ]] || fail "CONFIG: there is no file $CONFIG"
 if [[ -z $RANKS_PER_NODE ]]; then
     command -v nvidia-smi > /dev/null || fail "RANKS_PER_NODE is not filled in, and there are no GPUs to count"
-    RANKS_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
+    gpus=$(nvidia-smi --list-gpus) || fail "RANKS_PER_NODE is not filled in, and nvidia-smi says: $gpus"
+    RANKS_PER_NODE=$(grep -c . <<< "$gpus") || fail "RANKS_PER_NODE is not filled in, and nvidia-smi lists no GPUs"
 fi
-whole_number RANKS_PER_NODE 1
-whole_number NODES 1
-whole_number NODE_RANK 0
-whole_number MASTER_PORT 1
-whole_number SAVE_SECONDS 0
+whole_number RANKS_PER_NODE 1 1000
+whole_number NODES 1 100000
+whole_number NODE_RANK 0 100000
+whole_number MASTER_PORT 1 65535
+whole_number SAVE_SECONDS 0 1000000
 ((NODE_RANK < NODES)) || fail "NODE_RANK is $NODE_RANK, but the nodes are numbered from 0 to $((NODES - 1))"
 
 python=python

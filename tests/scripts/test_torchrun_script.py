@@ -107,7 +107,10 @@ def test_a_signal_saves_and_asks_to_be_started_again(config: Path) -> None:
     [
         ({}, "CONFIG is not filled in"),
         ({"CONFIG": "none.yaml"}, "CONFIG: there is no file none.yaml"),
-        ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE must be a whole number of at least 1, not 'all'"),
+        ({"RANKS_PER_NODE": "all"}, "RANKS_PER_NODE must be a whole number from 1 to 1000, not 'all'"),
+        ({"RANKS_PER_NODE": "08"}, "RANKS_PER_NODE must be"),
+        ({"RANKS_PER_NODE": "9" * 20}, "RANKS_PER_NODE must be"),
+        ({"NODES": "2", "MASTER_PORT": "70000"}, "MASTER_PORT must be a whole number from 1 to 65535"),
         ({"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE must be"),
         ({"NODES": "two"}, "NODES must be a whole number"),
         ({"NODES": "2"}, "MASTER_ADDR is not filled in"),
@@ -120,6 +123,22 @@ def test_what_is_not_filled_in_is_said(config: Path, variables: dict[str, str], 
     code, output, errors = run(**(filled | variables))
     assert (code, output) == (2, "")
     assert errors.startswith(f"torchrun.sh: {words}") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "words"),
+    [("echo it has failed; exit 9", "nvidia-smi says: it has failed"), ("exit 0", "lists no GPUs")],
+)
+def test_gpus_that_cannot_be_counted(config: Path, tmp_path: Path, nvidia_smi: str, words: str) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    code, _, errors = run(CONFIG=config, PATH=f"{tools}:{os.environ['PATH']}")
+    assert code == 2 and errors.count("\n") == 1
+    assert (
+        errors.startswith("torchrun.sh: RANKS_PER_NODE is not filled in, and nvidia-smi") and words in errors
+    )
 
 
 def test_gpus_are_counted_where_nothing_is_said(config: Path, tmp_path: Path) -> None:
