@@ -35,8 +35,13 @@ class RunError(Exception):
 def not_written(what: str, error: OSError) -> InputError | RunError:
     """The error of a file that could not be written: for a full or broken disk a RunError, else, as for a
     folder where nobody may write, the user's mistake. `what`: the file, and what it was to be."""
-    kind = RunError if error.errno in _OUTSIDE else InputError
+    kind = RunError if is_outside(error) else InputError
     return kind(f"{what}: {error.strerror}")
+
+
+def is_outside(error: BaseException) -> bool:
+    """Whether a full or broken disk is what went wrong."""
+    return isinstance(error, OSError) and error.errno in _OUTSIDE
 
 
 def one_line(problem: str) -> str:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moe.config.errors import InputError, not_written
+from megatron_moe.config.errors import InputError, is_outside, not_written
 
 _LOCK = "lock"
 
@@ -34,9 +34,11 @@ def staging(target: Path, wait: bool) -> Iterator[Path]:
     try:
         _clear(folder)
         yield folder
-    except BaseException:
+    except BaseException as error:
         _release(folder, lock)
         _remove_empty(made)
+        if isinstance(error, OSError) and is_outside(error):
+            raise not_written(f"{target}: cannot be written", error) from None
         raise
     _release(folder, lock)
 

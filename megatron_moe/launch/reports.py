@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_moe.config.errors import InputError, RunError
+from megatron_moe.config.errors import InputError, RunError, is_outside
 from megatron_moe.engine import libraries
 
 FOLDER_VARIABLE = "MEGATRON_MOE_REPORTS"
@@ -76,6 +76,9 @@ def _known(error: BaseException) -> str | None:
     left = error.__context__ if isinstance(error, SystemExit) else error
     if isinstance(left, BrokenPipeError):
         return "nobody reads the output any more (broken pipe); send it to a file"
+    if isinstance(error, OSError) and is_outside(error):
+        what = error.filename or "a file of the run"
+        return f"cannot write {what}: {error.strerror}; make room and start again"
     if _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
         what = str(error).splitlines()[0]
         return (

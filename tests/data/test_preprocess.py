@@ -230,6 +230,11 @@ def test_a_full_disk_is_no_mistake_of_the_input(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(TokenWriter, "add", full)
     with pytest.raises(RunError, match=r"out: cannot write the token files: No space left on device"):
         preprocess([path], tmp_path / "new" / "out", BYTES)
+    with (
+        pytest.raises(RunError, match="note: cannot be written: No space left"),
+        staging(tmp_path / "note", True),
+    ):
+        full(None)  # type: ignore[arg-type]
     monkeypatch.setattr(staging_module.os, "open", full)
     with pytest.raises(RunError, match=r"new: cannot write there: No space left on device"):
         preprocess([path], tmp_path / "new" / "out", BYTES)

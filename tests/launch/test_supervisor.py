@@ -122,6 +122,7 @@ report(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting
 @pytest.mark.parametrize(
     ("error", "words"),
     [
+        ('OSError(28, "No space left on device")', "cannot write a file of the run: No space left on device"),
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried 9 bytes")', "out of memory"),
         ("BrokenPipeError(32, 'Broken pipe')", "nobody reads the output"),
     ],
