@@ -34,8 +34,12 @@ _ONE_PROCESS = (
     "parallel.expert_tensor_parallel_size=1",
     "parallel.data_parallel_size=1",
     "parallel.sequence_parallel=false",
+    "parallel.overlap_grad_reduce=false",
+    "parallel.overlap_param_gather=false",
     "pipeline.layers_per_stage=null",
+    "recompute.granularity=none",
     "recompute.layers_per_stage=null",
+    "recompute.modules=null",
 )
 
 
