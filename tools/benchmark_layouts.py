@@ -22,8 +22,9 @@ REPOSITORY = Path(__file__).parent.parent
 for folder in (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tools"):
     sys.path.insert(0, str(folder))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-warnings.simplefilter("ignore")
-os.environ.setdefault("PYTHONWARNINGS", "ignore")
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 import torch.distributed as dist  # noqa: E402
 from distributed import ranks  # noqa: E402

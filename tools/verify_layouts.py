@@ -23,9 +23,10 @@ for folder in (REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "trainin
     sys.path.insert(0, str(folder))
 # Ranks that share few cores only fight each other with more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What the libraries warn of at import, here and in each rank, is not about the layouts.
-warnings.simplefilter("ignore")
-os.environ.setdefault("PYTHONWARNINGS", "ignore")
+if __name__ == "__main__":  # a test that imports this keeps its warnings
+    # What the libraries warn of at import, here and in each rank, is not about the layouts.
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 import torch.distributed as dist  # noqa: E402
 from distributed import RankError, ranks  # noqa: E402
