@@ -206,6 +206,18 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="files, folders, or globs such as 'web/**/*.jsonl.zst'",
     )
     add("--output", metavar="PREFIX", type=Path, required=True, help="where the token files go, without .bin")
+    _add_tokenizer(parser)
+    _add_records(parser)
+    add(
+        "--workers",
+        metavar="N",
+        type=_positive_int,
+        help="processes to use (default: by cores and size of the input)",
+    )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--tokenizer",
         choices=("sentencepiece", "huggingface", "tiktoken", "bytes"),
@@ -234,6 +246,10 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         metavar="NAME",
         help="how tiktoken cuts text: gpt2, cl100k_base (default), o200k_base, or an expression",
     )
+
+
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--json-key",
         metavar="KEY",
@@ -245,12 +261,6 @@ def _add_preprocess(commands: argparse._SubParsersAction[argparse.ArgumentParser
         choices=("file", "line", "paragraph"),
         default="file",
         help="what one document is in a text file (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        metavar="N",
-        type=_positive_int,
-        help="processes to use (default: by cores and size of the input)",
     )
     add(
         "--bad-records",
