@@ -68,3 +68,11 @@ def dropped(sequence_parallel: bool, inputs: list[Tensor]) -> tuple[Tensor, Tens
     outputs = [attention(*inputs, None) for _ in range(2)]
     attention.eval()
     return *outputs, attention(*inputs, None), torch.rand(4)
+
+
+def in_sequence(parts: list[Tensor]) -> Tensor:
+    """[s / CP, ...] of each context-parallel rank, two chunks of the sequence each -> [s, ...]."""
+    chunks = {}
+    for rank, part in enumerate(parts):
+        chunks[rank], chunks[2 * len(parts) - 1 - rank] = part.chunk(2)
+    return torch.cat([chunks[number] for number in range(len(chunks))])
