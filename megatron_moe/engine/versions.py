@@ -14,6 +14,15 @@ def moe_submodules(mlp: Any) -> Any:
     return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
+def build(spec: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a spec describes: a ModuleSpec, or a class or `functools.partial` of one."""
+    if isinstance(spec, type | functools.partial):
+        return spec(*args, **kwargs)
+    from megatron.core.transformer.spec_utils import build_module
+
+    return build_module(spec, *args, **kwargs)
+
+
 def repair_missing_transformer_engine() -> None:
     """0.16.1 names `te_general_gemm` in the router's gating also where Transformer Engine is not installed:
     NameError."""

@@ -25,7 +25,7 @@ def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
     moe = None
     if experiment.moe is not None:
         moe = make(config, num_experts=config.num_moe_experts)
-        _use_our_router(moe)
+        _use_our_moe_layer(moe, experiment, config)
     return TransformerBlockSubmodules(
         layer_specs=[moe if layer in stage.moe_layers else dense for layer in stage.layers], layer_norm=norm
     )
@@ -73,7 +73,13 @@ def transformer_engine_layer_spec(config: Any, num_experts: int | None) -> Any:
     )
 
 
-def _use_our_router(layer_spec: Any) -> None:
-    from megatron_moe.model.moe.router import Router
+def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> None:
+    from megatron_moe.model.moe.megatron import layer_class, router_class
 
-    moe_submodules(layer_spec.submodules.mlp).router = Router
+    assert experiment.moe is not None
+    parts, seed = layer_spec.submodules, experiment.training.seed
+    submodules = moe_submodules(parts.mlp)
+    if config.expert_model_parallel_size * config.expert_tensor_parallel_size > 1:
+        submodules.router = router_class(experiment.moe, seed)
+    else:
+        parts.mlp = layer_class(experiment.moe, seed, submodules)

@@ -114,13 +114,10 @@ def _moe_fields(experiment: Experiment) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
         "moe_layer_freq": moe.moe_layer_freq,
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
-        "moe_router_load_balancing_type": moe.moe_router_load_balancing_type,
-        "moe_aux_loss_coeff": moe.moe_aux_loss_coeff,
-        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
-        "moe_router_pre_softmax": moe.moe_router_pre_softmax,
-        "moe_router_dtype": moe.moe_router_dtype,
+        # What the router does is ours; Megatron-Core's own does nothing of it a second time.
+        "moe_router_load_balancing_type": "none",
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
-        "moe_token_drop_policy": moe.moe_token_drop_policy,
+        "moe_shared_expert_gate": moe.moe_shared_expert_gate,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
     }
 

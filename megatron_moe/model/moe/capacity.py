@@ -3,9 +3,53 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from megatron_moe.config.schema.moe import MoE
+from megatron_moe.model.moe.routing import Routing, dense_map
+
+if TYPE_CHECKING:
+    from megatron_moe.model.moe.gates.gate import Choice
+    from megatron_moe.model.moe.microbatch import Microbatch
+
+
+class Capacity:
+    """Turns a gate's choice into what is kept of it.
+
+    Args:
+        moe: the settings.
+    """
+
+    def __init__(self, moe: MoE) -> None:
+        self.moe = moe
+
+    @torch.no_grad()
+    def kept(self, choice: Choice, microbatch: Microbatch) -> Tensor | None:
+        """[t, k] bool: the assignments that their expert has room for; None: all."""
+        factor = self.moe.moe_expert_capacity_factor
+        if factor is None:
+            return choice.chosen
+        assert isinstance(factor, float | int)
+        experts, whole = choice.experts, self.moe.num_moe_experts
+        weights = choice.weights.new_zeros(len(experts), whole).scatter(1, experts, choice.weights)
+        kept = within_capacity(
+            microbatch.gather(weights),
+            microbatch.gather(dense_map(experts, choice.chosen, whole)),
+            None if microbatch.valid is None else microbatch.gather(microbatch.valid),
+            self.moe.moe_router_topk,
+            factor,
+            self.moe.moe_token_drop_policy,
+        )
+        return microbatch.mine(kept).gather(1, experts)
+
+    def apply(self, choice: Choice, microbatch: Microbatch, training: bool) -> Routing:
+        """The routing of this rank's tokens, decided over the whole microbatch."""
+        kept = self.kept(choice, microbatch)
+        weights = choice.weights if kept is None else choice.weights * kept
+        return Routing(choice.experts, weights, kept)
 
 
 def within_capacity(

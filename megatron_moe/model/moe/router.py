@@ -1,130 +1,116 @@
-"""Megatron-Core's top-k router behind our class: padding, drops that don't depend on the layout,
-statistics."""
+"""The router: logits, a gate, losses, capacity and statistics, in that order."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.router import TopKRouter
+import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_moe.model.moe.capacity import sequence_order, within_capacity
+from megatron_moe.config.schema.moe import MoE
+from megatron_moe.model.moe.attached import attach
+from megatron_moe.model.moe.capacity import Capacity
+from megatron_moe.model.moe.coefficients import coefficient
+from megatron_moe.model.moe.gates import GATES
+from megatron_moe.model.moe.gates.gate import Choice, Gate, GateInput
+from megatron_moe.model.moe.groups import MoEGroups
+from megatron_moe.model.moe.losses import LOSSES
+from megatron_moe.model.moe.losses.loss import LossInput
+from megatron_moe.model.moe.losses.z_loss import z_loss
+from megatron_moe.model.moe.microbatch import Microbatch
+from megatron_moe.model.moe.routing import Routing
 from megatron_moe.model.moe.statistics import RoutingStatistics
 
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
-class Router(TopKRouter):
+
+class Router(torch.nn.Module):
     """Chooses k experts for each token.
 
-    Built where Megatron-Core's MoESubmodules have `router`. Selection, gate weights and losses are
-    Megatron-Core's; ours are:
+    Knows no Megatron-Core. Whatever it decides is decided over the whole microbatch, so that neither the
+    layout nor recompute changes it; padding counts nowhere.
 
-    - the padding mask reaches it on every pipeline stage and under sequence parallelism (Megatron-Core shards
-      it only on the first stage); true means padding, as in Megatron-Core's code, not its docstrings;
-    - the z-loss of a microbatch with padding does not depend on the layout;
-    - with a capacity factor the drops are decided over the replica's whole microbatch in the order of its
-      tokens, so that the layout does not change them (Megatron-Core decides over each rank's tokens);
-    - what was routed and dropped is counted, once a microbatch, also under recompute.
+    Args:
+        moe: the settings.
+        hidden_size: h.
+        groups: over which the microbatch is spread.
+        seed: of random gates.
+        gate: takes the place of the gate that the settings name.
+        dtype: of the weights.
+
+    Parameters:
+        weight: [e, h]. bias: [e], where `has_bias`.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
-        # The loss a token is made in another way (engine.schedule.mean_targets): this one would divide the
-        # routers' losses, means over microbatches, by the tokens, and 0.16 scales them wrongly under TP.
-        assert not config.calculate_per_token_loss
-        self.capacity_factor = config.moe_expert_capacity_factor
-        without_drops = copy.copy(config)
-        without_drops.moe_expert_capacity_factor = None
-        super().__init__(config=without_drops, pg_collection=pg_collection, **kwargs)
-        self.statistics = RoutingStatistics(config.num_moe_experts)
+    def __init__(
+        self,
+        moe: MoE,
+        hidden_size: int,
+        groups: MoEGroups | None = None,
+        *,
+        seed: int = 0,
+        gate: Gate | None = None,
+        has_bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.moe, self.groups, self.seed = moe, groups or MoEGroups(), seed
+        self.layer_number = 0
+        self.dtype = DTYPES[moe.moe_router_dtype]
+        self.gate = gate or GATES[moe.moe_router_gate](moe, hidden_size)
+        experts = moe.num_moe_experts
+        self.weight = torch.nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.zeros(experts, dtype=dtype, device=device)) if has_bias else None
+        torch.nn.init.normal_(self.weight, std=0.02 * moe.moe_router_init_scale)
+        names, settings = _as_lists(moe)
+        self.losses = [LOSSES[name] for name in names]
+        self.coefficients = torch.nn.ModuleList(coefficient(setting) for setting in settings)
+        self.z_coefficient = coefficient(moe.moe_z_loss_coeff)
+        self.capacity = Capacity(moe)
+        self.statistics = RoutingStatistics(experts)
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def set_layer_number(self, layer_number: int) -> None:
+        """Which transformer layer this is, from 1."""
+        self.layer_number = layer_number
+
+    def forward(self, hidden: Tensor, marks: Tensor | None = None) -> Routing:
         """Args:
-            logits: [s, b, e] of this rank's tokens.
-            padding_mask: [s, b], true where a token is padding; of this rank's tokens or of all tokens of its
-                tensor-parallel group. Either all ranks of a microbatch have one, or none.
-
-        Returns:
-            gate weights [s * b, e] and the routing map [s * b, e] bool.
+        hidden: [s, b, h] of this rank's tokens.
+        marks: [s, b], see `Microbatch`.
         """
-        if padding_mask is not None:
-            padding_mask = self._of_this_rank(padding_mask, logits.size(0))
-        probs, routed = super().routing(logits, padding_mask=padding_mask, **kwargs)
-        valid = None if padding_mask is None else ~padding_mask.reshape(-1)
-        kept = routed
-        if self.capacity_factor is not None:
-            kept = self._within_capacity(probs, routed, valid, logits.shape)
-            probs = probs * kept
+        length, batch, width = hidden.shape
+        microbatch = Microbatch(length, batch, self.groups, marks, hidden.device)
+        tokens = hidden.reshape(-1, width)
+        logits = self._logits(tokens)
+        choice = self.gate(GateInput(tokens, logits, microbatch, None, self.seed + self.layer_number))
         # Recompute runs this twice, first without gradients; evaluation never has them.
-        if self.training and torch.is_grad_enabled():
-            tokens = logits.view(-1, logits.size(-1))
-            self.statistics.record(tokens, routed, kept, valid, sigmoid=self.score_function == "sigmoid")
-        return probs, kept
+        counts = self.training and torch.is_grad_enabled()
+        if counts:
+            choice = self._with_losses(logits, choice, microbatch)
+        routing = self.capacity.apply(choice, microbatch, self.training)
+        if counts:
+            self.statistics.record(logits, choice, routing, microbatch)
+        return routing
 
-    def attach_and_log_load_balancing_loss(
-        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Attach this rank's share of a microbatch's balancing loss; what is logged comes from
-        `statistics`."""
-        return moe_utils.MoEAuxLossAutoScaler.apply(activation, aux_loss)
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """[t, h] -> [t, e] in the router's own precision."""
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return F.linear(tokens.to(self.dtype), self.weight.to(self.dtype), bias)
 
-    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Attach the z-loss coeff * mean(logsumexp(logits)^2) (ST-MoE, eq. 5) over the tokens of all TP x CP
-        ranks.
-
-        Megatron-Core takes the mean of each rank's mean, so that padding on one rank weighs its tokens more.
-
-        Args:
-            logits: [t, e].
-            padding_mask: [t], true where a token is padding.
-        """
-        if not self.config.moe_z_loss_coeff or not self.training or not torch.is_grad_enabled():
-            return logits
-        squares = logits.logsumexp(dim=-1).square()
-        count = torch.tensor(float(logits.size(0) * self.tp_cp_group.size()), device=logits.device)
-        if padding_mask is not None:
-            squares = squares.masked_fill(padding_mask, 0.0)
-            count = (~padding_mask).sum().float()
-            torch.distributed.all_reduce(count, group=self.tp_cp_group)
-        loss = self.config.moe_z_loss_coeff * squares.sum() / count.clamp(min=1.0)
-        return moe_utils.MoEAuxLossAutoScaler.apply(logits, loss)
-
-    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        # Megatron-Core combines the map [t, e] with a mask [t].
-        super()._apply_expert_bias(routing_map, None if padding_mask is None else padding_mask[:, None])
-
-    def _of_this_rank(self, padding_mask: Tensor, length: int) -> Tensor:
-        if padding_mask.size(0) == length:
-            return padding_mask
-        return padding_mask.chunk(self.tp_group.size(), dim=0)[self.tp_group.rank()]
-
-    @torch.no_grad()
-    def _within_capacity(
-        self, probs: Tensor, routed: Tensor, valid: Tensor | None, shape: torch.Size
-    ) -> Tensor:
-        """[t, e] bool: the assignments that their expert has room for, among the tokens of all TP x CP
-        ranks."""
-        group = self.tp_cp_group
-        # Row i of what the ranks hold one after the other is row order[i] of the microbatch.
-        order = sequence_order(self.tp_group.size(), self.cp_group.size(), shape[0], shape[1], probs.device)
-        from_ranks = order.argsort()
-        kept = within_capacity(
-            _all_gather(probs, group)[from_ranks],
-            _all_gather(routed, group)[from_ranks],
-            None if valid is None else _all_gather(valid, group)[from_ranks],
-            self.topk,
-            self.capacity_factor,
-            self.config.moe_token_drop_policy,
-        )
-        mine = order[group.rank() * len(probs) : (group.rank() + 1) * len(probs)]
-        return kept[mine]
+    def _with_losses(self, logits: Tensor, choice: Choice, microbatch: Microbatch) -> Choice:
+        """The choice, whose weights bring the gradients of all losses with them."""
+        given = LossInput(logits, choice, microbatch, self.moe)
+        weights = choice.weights
+        for loss, factor in [*zip(self.losses, self.coefficients, strict=True), (z_loss, self.z_coefficient)]:
+            if factor.value:
+                weights = attach(weights, factor.value * loss(given))
+        return Choice(choice.experts, weights, choice.scores, choice.chosen, choice.load)
 
 
-def _all_gather(x: Tensor, group: Any) -> Tensor:
-    """[n, ..] of each rank -> [ranks * n, ..]."""
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts)
+def _as_lists(moe: MoE) -> tuple[list[str], list[object]]:
+    """Names of the balancing losses and their coefficients, one for each."""
+    names, settings = moe.moe_router_load_balancing_type, moe.moe_aux_loss_coeff
+    names = names if isinstance(names, list) else [names]
+    settings = settings if isinstance(settings, list) else [settings] * len(names)
+    pairs = [(name, setting) for name, setting in zip(names, settings, strict=True) if name != "none"]
+    return [name for name, _ in pairs], [setting for _, setting in pairs]

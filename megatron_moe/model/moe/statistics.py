@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from megatron_moe.model.moe.routing import Routing, dense_map
+
+if TYPE_CHECKING:
+    from megatron_moe.model.moe.gates.gate import Choice
+    from megatron_moe.model.moe.microbatch import Microbatch
 
 
 class RoutingStatistics:
@@ -27,33 +35,29 @@ class RoutingStatistics:
         return 3 * self.num_experts + self.EXTRA
 
     @torch.no_grad()
-    def record(
-        self, logits: Tensor, routed: Tensor, kept: Tensor, valid: Tensor | None, sigmoid: bool = False
-    ) -> None:
-        """Add one microbatch.
+    def record(self, logits: Tensor, choice: Choice, routing: Routing, microbatch: Microbatch) -> None:
+        """Add this rank's part of one microbatch.
 
         Args:
             logits: [t, e].
-            routed: [t, e] bool, experts chosen for each token.
-            kept: [t, e] bool, what is left of `routed` after drops.
-            valid: [t] bool, false for padding; None: every token counts.
-            sigmoid: the scores are sigmoids, not a softmax.
+            choice: the gate's, before drops.
+            routing: what is left of it.
+            microbatch: padding does not count.
         """
-        if valid is not None:
-            logits, routed, kept = logits[valid], routed[valid], kept[valid]
-        exact = logits.double()
-        log_sum = exact.logsumexp(dim=-1, keepdim=True)
-        # The softmax, at a third of the price of torch's own, which is slow on the host over few experts.
-        scores = _shares(exact.sigmoid()) if sigmoid else (exact - log_sum).exp()
+        routed = dense_map(choice.experts, choice.chosen, self.num_experts)
+        kept = routed if routing.kept is None else dense_map(routing.experts, routing.kept, self.num_experts)
+        exact, scores = logits.double(), choice.scores.double()
+        if microbatch.valid is not None:
+            exact, scores, routed, kept = (x[microbatch.valid] for x in (exact, scores, routed, kept))
         best = scores.topk(min(2, self.num_experts), dim=-1).values.sum(dim=0)
         routed_sum = routed.sum(0, dtype=exact.dtype)
         row = [
             routed_sum,
             routed_sum if kept is routed else kept.sum(0, dtype=exact.dtype),
             scores.sum(0),
-            log_sum.square().sum(0),
+            exact.logsumexp(dim=-1).square().sum(0, keepdim=True),
             best if self.num_experts > 1 else torch.cat([best, torch.zeros_like(best)]),
-            best.new_full((1,), logits.size(0)),
+            best.new_full((1,), exact.size(0)),
         ]
         self.rows.append(torch.cat(row))
 
@@ -61,8 +65,3 @@ class RoutingStatistics:
         """[microbatches, width] in float64; starts anew. There must be a microbatch."""
         rows, self.rows = torch.stack(self.rows), []
         return rows
-
-
-def _shares(scores: Tensor) -> Tensor:
-    """[t, e], each token's divided by their sum."""
-    return scores / scores.sum(dim=-1, keepdim=True)

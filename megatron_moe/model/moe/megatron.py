@@ -1,0 +1,103 @@
+"""Our MoE layer where Megatron-Core's layer specs have theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.transformer.moe import moe_layer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from torch import Tensor
+
+from megatron_moe.config.schema.moe import MoE
+from megatron_moe.engine.versions import build
+from megatron_moe.model.moe.dispatch import dispatcher
+from megatron_moe.model.moe.groups import of_megatron
+from megatron_moe.model.moe.router import Router
+
+
+def router_class(moe: MoE, seed: int) -> type[Router]:
+    """A router that Megatron-Core's own MoE layer can build, and that gives it dense maps."""
+
+    class DenseRouter(Router):
+        def __init__(self, config: Any, pg_collection: Any, **kwargs: Any) -> None:
+            super().__init__(moe, config.hidden_size, **_router_arguments(config, pg_collection, seed))
+            _mark(self, config)
+
+        def forward(self, hidden: Tensor, marks: Tensor | None = None) -> Any:
+            return super().forward(hidden, marks).dense(moe.num_moe_experts)
+
+    return DenseRouter
+
+
+def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer]:
+    """The class of MoE layers with these settings; Megatron-Core builds it from its specs.
+
+    Args:
+        submodules: MoESubmodules, of which `experts` and `shared_experts` are built.
+    """
+
+    class MoELayer(moe_layer.MoELayer):
+        """Router, experts and shared experts under the names of Megatron-Core's layer, which stand in
+        checkpoints; the rest is ours."""
+
+        def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+            groups = pg_collection or get_default_pg_collection()
+            moe_layer.BaseMoELayer.__init__(self, config, pg_collection=groups)
+            self.router = Router(moe, config.hidden_size, **_router_arguments(config, groups, seed))
+            _mark(self.router, config)
+            self.token_dispatcher: Any = dispatcher(moe, self.router.groups)
+            self.experts = build(submodules.experts, self.num_local_experts, config, pg_collection=groups)
+            if self.use_shared_expert:
+                self.shared_experts = build(
+                    submodules.shared_experts,
+                    config=config,
+                    pg_collection=groups,
+                    gate=moe.moe_shared_expert_gate,
+                )
+            modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
+            self.moe_layer_recompute = "moe" in modules
+            self.shared_experts_recompute = "shared_experts" in modules
+
+        def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+            """Args:
+                hidden_states: [s, b, h].
+                padding_mask: [b, s], marks of the tokens (see `marks`).
+
+            Returns:
+                [s, b, h], and no bias.
+            """
+            marks = None if padding_mask is None else padding_mask.transpose(0, 1)
+            if self.moe_layer_recompute and self.training:
+                return tensor_parallel.checkpoint(self._forward, False, hidden_states, marks), None
+            return self._forward(hidden_states, marks), None
+
+        def _forward(self, hidden: Tensor, marks: Tensor | None) -> Tensor:
+            routing = self.router(hidden, marks)
+            shared = (lambda: self._shared(hidden)) if self.use_shared_expert else None
+            tokens = hidden.reshape(-1, hidden.size(-1))
+            return self.token_dispatcher(tokens, routing, self.experts, shared).view_as(hidden)
+
+        def _shared(self, hidden: Tensor) -> Tensor:
+            if self.shared_experts_recompute and self.training:
+                output = tensor_parallel.checkpoint(self.shared_experts, False, hidden)
+            else:
+                output = self.shared_experts(hidden)
+            return output.reshape(-1, hidden.size(-1))
+
+    return MoELayer
+
+
+def _router_arguments(config: Any, pg_collection: Any, seed: int) -> dict[str, Any]:
+    return {
+        "groups": of_megatron(pg_collection, config.sequence_parallel),
+        "seed": seed,
+        "has_bias": config.add_bias_linear,
+        "dtype": config.params_dtype,
+    }
+
+
+def _mark(router: Router, config: Any) -> None:
+    """Each tensor-parallel rank routes other tokens, so that gradients are summed over them."""
+    for parameter in router.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
