@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import groups
-from megatron_moe.model.transformer_config import transformer_config
+from megatron_moe.model.moe.attached import set_scale
+from megatron_moe.model.moe.groups import of_megatron
+from megatron_moe.model.moe.router import Router
 from megatron_moe.plan import plan as plans
 
 
-def build(experiment: Experiment) -> Any:
+def build(experiment: Experiment) -> Router:
     """A router whose weights are the same on every rank."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_moe.engine.versions import repair_missing_transformer_engine
-    from megatron_moe.model.moe.router import Router
-
-    repair_missing_transformer_engine()
     plan = plans.make(experiment)
     groups.initialize_model_parallel(plan.layout, seed=1, timeout_s=60)
-    config = transformer_config(experiment, plan, 0, torch.float32)
-    router = Router(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    assert experiment.moe is not None
+    router = Router(
+        experiment.moe,
+        experiment.model.hidden_size,
+        of_megatron(collection, bool(experiment.parallel.sequence_parallel)),
+        seed=experiment.training.seed,
+    )
     router.set_layer_number(1)
     generator = torch.Generator().manual_seed(4)
     router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.3
@@ -42,19 +44,17 @@ def route(
         padding: [b, s] of all tokens, true where padding.
         whole_mask: give the mask of all tensor-parallel ranks, as later pipeline stages get it.
     """
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
     router = build(experiment)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    set_scale(1.0)
     places = torch.arange(len(hidden))
-    cp, tp = router.cp_group, router.tp_group
+    cp, tp = router.groups.context, router.groups.tensor
     if cp.size() > 1:
         chunks = places.chunk(2 * cp.size())
         places = torch.cat([chunks[cp.rank()], chunks[2 * cp.size() - 1 - cp.rank()]])
     of_tensor_group, places = places, places.chunk(tp.size())[tp.rank()]
     mask = None if padding is None else padding.T[of_tensor_group if whole_mask else places]
     mine = hidden[places].clone().requires_grad_()
-    probs, kept = router(mine, mask)
+    probs, kept = router(mine, mask).dense(router.moe.num_moe_experts)
     upstream = torch.randn(*hidden.shape[:2], probs.size(-1), generator=torch.Generator().manual_seed(8))
     (probs * upstream[places].flatten(0, 1)).sum().backward()
 
@@ -88,7 +88,7 @@ def recorded(experiment: Experiment, hidden: Tensor) -> list[int]:
     router(hidden.clone().requires_grad_())
     counts.append(len(router.statistics.rows))
     tensor_parallel.checkpoint(
-        lambda x: router(x)[0], False, hidden.clone().requires_grad_()
+        lambda x: router(x).weights, False, hidden.clone().requires_grad_()
     ).sum().backward()
     counts.append(len(router.statistics.rows))
     with torch.no_grad():
@@ -98,10 +98,3 @@ def recorded(experiment: Experiment, hidden: Tensor) -> list[int]:
     router(hidden)
     counts.append(len(router.statistics.rows))
     return counts
-
-
-def expert_bias_counts(experiment: Experiment, hidden: Tensor, padding: Tensor) -> Tensor:
-    """[e] tokens an expert that the update of the expert bias will see."""
-    router = build(experiment)
-    router(hidden, padding.T)
-    return router.local_tokens_per_expert

@@ -99,11 +99,3 @@ def test_drops_show_in_the_statistics() -> None:
 @pytest.mark.second_pair
 def test_a_microbatch_is_counted_once_also_under_recompute() -> None:
     assert ranks(1).run(router_on_ranks.recorded, experiment(moe=MOE), hidden())[0] == [1, 2, 2, 2]
-
-
-@pytest.mark.second_pair
-def test_padding_does_not_move_the_expert_bias() -> None:
-    options = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-    setup = experiment(moe=MOE, model={"megatron_core": options})
-    counts = ranks(1).run(router_on_ranks.expert_bias_counts, setup, hidden(), padding())[0]
-    assert int(counts.sum()) == int((~padding()).sum()) * K
