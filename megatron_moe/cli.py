@@ -316,6 +316,10 @@ def _validate(args: argparse.Namespace) -> int:
     loaded = load(args.config, args.overrides)
     if missing := missing_files(loaded):
         raise ConfigError(*missing)
+    if loaded.experiment.data.tokenizer.model is not None:
+        from megatron_moe.data.from_text import check_tokenizer
+
+        check_tokenizer(loaded.experiment.data.tokenizer)
     print(f"# {args.config} is valid. In full, as it would run:")
     print(f"# Run folder: {Path(loaded.experiment.logging.root) / loaded.experiment.name}")
     for note in preflight.notes(loaded):

@@ -139,6 +139,14 @@ def test_validate_finds_input_files_that_are_not_there(
     )
 
 
+def test_validate_loads_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "broken.model"
+    path.write_bytes(b"no model")
+    overrides = [f"data.tokenizer.model={path}", "data.tokenizer.vocab_size=null", "model.vocab_size=512"]
+    assert exit_code("validate", QUICKSTART, *overrides) == 2
+    assert capsys.readouterr().err.startswith(f"data.tokenizer.model: {path}: not a sentencepiece model")
+
+
 def test_a_mistake_is_one_line_whatever_is_in_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["preprocess", "--tokenizer", "bytes", "--output", "out", "--input"]
     assert main([*argv, "no\nsuch\x1b.txt"]) == 2

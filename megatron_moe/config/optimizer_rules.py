@@ -27,7 +27,8 @@ def warmup_within_decay(e: Experiment) -> Problems:
     """The warm-up is a part of the decay."""
     keys = ("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters")
     decay = set_value(e.optimizer.lr_decay_iters)
-    if set_value(e.optimizer.lr_warmup_iters) > decay:
+    # Of inverse-square-root another rule says how long it may be.
+    if e.optimizer.lr_decay_style != "inverse-square-root" and set_value(e.optimizer.lr_warmup_iters) > decay:
         yield Problem(
             keys,
             "is more than optimizer.lr_decay_iters",

@@ -83,7 +83,7 @@ RULES: list[Rule] = [
     optimizer_rules.expert_rates_need_experts,
     optimizer_rules.ramp_reaches_batch,
     layout_rules.batch_over_replicas,
-    sink_rules.wandb_project_is_a_name,
+    sink_rules.wandb_names_are_names,
     optimizer_rules.ramp_over_replicas,
 ]
 

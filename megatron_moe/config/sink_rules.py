@@ -9,8 +9,8 @@ from megatron_moe.config.rule import Problems
 from megatron_moe.config.schema import Experiment
 
 
-def wandb_project_is_a_name(e: Experiment) -> Problems:
-    """Weights & Biases takes no project of another form, and would say so only when the run has started."""
+def wandb_names_are_names(e: Experiment) -> Problems:
+    """Weights & Biases takes no names of another form, and would say so only when the run has started."""
     if e.logging.wandb is None:
         return
     project = e.logging.wandb.project
@@ -21,3 +21,6 @@ def wandb_project_is_a_name(e: Experiment) -> Problems:
             advice = f"for a project of {entity} use {rest}, and set logging.wandb.entity to {entity}"
         text = "is no name for a project: it must have at most 128 characters, none of them / \\ # ? % :"
         yield Problem(("logging.wandb.project",), text, advice)
+    if (entity := e.logging.wandb.entity) is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", entity):
+        text = "is no name for a user or a team: letters, digits, - _ . only"
+        yield Problem(("logging.wandb.entity",), text, "leave it out to take the account's")

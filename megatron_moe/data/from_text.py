@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from megatron_moe.data.staging import staging, sync_folder
 from megatron_moe.data.tokenizer_training import Corpus, train_on
 from megatron_moe.data.tokenizers import Tokenizer, load_tokenizer
 
+_PACKAGES = {"huggingface": "tokenizers", "tiktoken": "tiktoken"}
 _TOKENS = "tokens"
 _TOKENIZER = "tokenizer.model"
 
@@ -111,6 +113,14 @@ def load(spec: TokenizerSection) -> Tokenizer:
     except InputError as error:
         named = str(error).startswith(("eod: ", "pattern: "))
         raise InputError(f"data.tokenizer.{'' if named else 'model: '}{error}") from None
+
+
+def check_tokenizer(spec: TokenizerSection) -> None:
+    """Load the tokenizer that `data.tokenizer` names, if there is one yet and its package is installed.
+    InputError, naming the key, if it cannot be used."""
+    package = _PACKAGES.get(spec.kind, "sentencepiece")
+    if spec.model is not None and importlib.util.find_spec(package) is not None:
+        load(spec)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ WANDB = DENSE + "\nlogging: {wandb: {project: moe}}\n"
 
 SINK_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     (
-        "wandb_project_is_a_name",
+        "wandb_names_are_names",
         WANDB,
         ["logging.wandb.project=team/moe"],
         ["logging.wandb.project=moe", "logging.wandb.entity=team"],
@@ -16,11 +16,19 @@ SINK_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "for a project of team use moe, and set logging.wandb.entity to team",
     ),
     (
-        "wandb_project_is_a_name",
+        "wandb_names_are_names",
         WANDB,
         ["logging.wandb.project='moe: 50 %'"],
         ["logging.wandb.project=moe-50-"],
         "logging.wandb.project",
         "use moe-50-",
+    ),
+    (
+        "wandb_names_are_names",
+        WANDB,
+        ["logging.wandb.entity=a/b"],
+        ["logging.wandb.entity=a-b"],
+        "logging.wandb.entity",
+        "leave it out to take the account's",
     ),
 ]
