@@ -19,6 +19,7 @@ from megatron_moe.plan.wording import count, flops, group_list, number_list, plu
 
 _SHOWN_EXPERT_ROWS = 8
 _RANKS_WIDTH = 43
+_LEAST_WIDTH = 80
 
 _AXES: dict[GroupKind, str] = {"tp": "TP", "cp": "CP", "dp": "DP", "pp": "PP"}
 _EXPERT_AXES: dict[GroupKind, str] = {"expert_tp": "ETP", "ep": "EP", "expert_dp": "expert replicas"}
@@ -45,6 +46,8 @@ def run(loaded: Loaded, gpus: int | None, as_json: bool) -> None:
         sys.stdout.write(plan.to_json())
         return
     console = Console(highlight=False)
+    # In a narrower window lines break, but no number is cut.
+    console.width = max(console.width, _LEAST_WIDTH)
     _print_model(console, loaded.experiment.name, plan)
     _print_layout(console, plan, gpus)
     if plan.num_moe_experts:
