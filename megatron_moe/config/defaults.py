@@ -254,6 +254,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("model.vocab_size", _vocab_size),
     ("model.max_position_embeddings", lambda e, _: e.training.seq_length),
     ("moe.moe_ffn_hidden_size", _moe_ffn_hidden_size),
+    ("moe.moe_expert_activation", lambda e, _: e.model.activation),
     ("parallel.virtual_pipeline_model_parallel_size", lambda e, _: 1),
     ("parallel.expert_model_parallel_size", _expert_model_parallel_size),
     ("parallel.expert_tensor_parallel_size", lambda e, _: 1),

@@ -53,10 +53,6 @@ def native_layer_spec(config: Any, num_experts: int | None) -> Any:
     attention.core_attention = CoreAttention
     if config.qk_layernorm and not config.qk_l2_norm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    if num_experts is not None:
-        from megatron_moe.model.moe.experts import Experts
-
-        moe_submodules(parts.mlp).experts = Experts
     return spec
 
 
@@ -74,11 +70,13 @@ def transformer_engine_layer_spec(config: Any, num_experts: int | None) -> Any:
 
 
 def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> None:
-    from megatron_moe.model.moe.megatron import layer_class, router_class
+    from megatron_moe.model.moe.megatron import experts_class, layer_class, router_class
 
     assert experiment.moe is not None
     parts, seed = layer_spec.submodules, experiment.training.seed
     submodules = moe_submodules(parts.mlp)
+    if experiment.model.spec == "native":
+        submodules.experts = experts_class(experiment.moe)
     if config.expert_model_parallel_size * config.expert_tensor_parallel_size > 1:
         submodules.router = router_class(experiment.moe, seed)
     else:

@@ -5,21 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from megatron_moe.config.device_needs import needs_of
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
+from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.plan.plan import Plan
-
-ACTIVATIONS: dict[str, tuple[Any, bool]] = {
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "gelu": (F.gelu, False),
-    "relu": (F.relu, False),
-    "squared_relu": (lambda x: torch.square(F.relu(x)), False),
-}
-"""`model.activation` -> (function, whether a second projection gates it)."""
 
 BIASES = "add_bias_linear"
 """Biases of all linear layers, experts and routers; a field of TransformerConfig."""

@@ -13,9 +13,8 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import groups
 from megatron_moe.engine.checkpoint import save_weights
 from megatron_moe.engine.versions import moe_submodules, repair_missing_transformer_engine
-from megatron_moe.model import gpt, layers
-from megatron_moe.model.moe.experts import Experts
-from megatron_moe.model.transformer_config import ACTIVATIONS
+from megatron_moe.model import gpt
+from megatron_moe.model.moe.experts import Experts, ExpertSettings
 from megatron_moe.plan import plan as plans
 
 
@@ -31,24 +30,10 @@ def compute(
 ) -> list[Tensor]:
     """Output, and gradients of tokens, gate weights, both weights and the biases if there are any, of experts
     in one process."""
-    from types import SimpleNamespace
-
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from megatron_moe.plan.layout import Layout
-
-    groups.initialize_model_parallel(Layout(1, 1, 1, 1, 1, 1, 1), seed=1, timeout_s=60)
-    function, gated = ACTIVATIONS[activation]
-    config = SimpleNamespace(
-        gated_linear_unit=gated,
-        activation_func=function,
-        moe_ffn_hidden_size=fc2.size(2),
-        hidden_size=tokens.size(1),
-        params_dtype=tokens.dtype,
-        add_bias_linear=bool(biases),
-        recompute_granularity=None,
+    settings = ExpertSettings(
+        tokens.size(1), fc2.size(2), activation, has_bias=bool(biases), dtype=tokens.dtype
     )
-    experts = Experts(len(sizes), config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    experts = Experts(len(sizes), settings)
     experts.linear_fc1.data, experts.linear_fc2.data = fc1, fc2
     parameters = [experts.linear_fc1, experts.linear_fc2]
     if biases:
@@ -63,19 +48,13 @@ def compute(
 
 def with_sequential_experts() -> Any:
     """Megatron-Core's own experts in our layers, while the context holds."""
-    ours = layers.native_layer_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    def stock(config: Any, num_experts: int | None) -> Any:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    def stock(moe: Any) -> Any:
+        theirs = get_gpt_layer_local_spec(num_experts=moe.num_moe_experts, normalization="RMSNorm")
+        return moe_submodules(theirs.submodules.mlp).experts
 
-        spec = ours(config, num_experts)
-        if num_experts is not None:
-            theirs = get_gpt_layer_local_spec(num_experts=num_experts, normalization=config.normalization)
-            experts = moe_submodules(theirs.submodules.mlp).experts
-            moe_submodules(spec.submodules.mlp).experts = experts
-        return spec
-
-    return mock.patch.object(layers, "native_layer_spec", stock)
+    return mock.patch("megatron_moe.model.moe.megatron.experts_class", stock)
 
 
 def chunk(experiment: Experiment, sequential: bool) -> torch.nn.Module:

@@ -9,11 +9,9 @@ import pytest
 import torch
 from experiments import MOE, experiment
 
-from megatron_moe.engine.versions import moe_submodules
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.layers import block_spec
 from megatron_moe.model.moe.experts import Experts
-from megatron_moe.model.moe.router import Router
 from megatron_moe.model.norms import Norm
 from megatron_moe.model.transformer_config import transformer_config
 from megatron_moe.plan import plan as plans
@@ -52,8 +50,7 @@ def test_native_layers_are_ours() -> None:
     for layer in (dense, moe):
         assert layer.input_layernorm is layer.pre_mlp_layernorm is Norm
         assert layer.self_attention.submodules.core_attention is CoreAttention
-    experts = moe_submodules(moe.mlp)
-    assert experts.experts is Experts and experts.router is Router
+    assert issubclass(moe.mlp.parts.experts, Experts)
     assert spec.layer_specs[2].submodules.mlp is dense.mlp and spec.layer_specs[3].submodules.mlp is moe.mlp
 
 
@@ -69,7 +66,7 @@ def test_norms_of_query_and_key(fields: dict[str, bool], kind: str) -> None:
 
 
 def test_transformer_engine_layers(transformer_engine: Any) -> None:
-    """By the explicit key; the router stays ours."""
+    """By the explicit key; the layer around them stays ours."""
     spec = block("transformer_engine", qk_layernorm=True)
     assert spec.layer_norm is transformer_engine.TENorm
     dense, moe = spec.layer_specs[0].submodules, spec.layer_specs[1].submodules
@@ -77,6 +74,5 @@ def test_transformer_engine_layers(transformer_engine: Any) -> None:
         attention = layer.self_attention.submodules
         assert attention.core_attention is transformer_engine.TEDotProductAttention
         assert attention.q_layernorm is transformer_engine.TENorm
-    assert moe_submodules(moe.mlp).router is Router
-    assert "TEGroupedMLP" in repr(moe_submodules(moe.mlp).experts)
+    assert "TEGroupedMLP" in repr(moe.mlp.parts.experts)
     assert "TENorm" in moe.pre_mlp_layernorm.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,51 +10,78 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_moe.engine.recompute import DiscardedOutput
+from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_linear
+from megatron_moe.model.moe.groups import MoEGroups, rank, size
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """What an expert is made of.
+
+    Attributes:
+        hidden_size: h.
+        ffn_hidden_size: inner width of one expert, before it is split over the expert-tensor-parallel ranks.
+        activation: a name of `activations.ACTIVATIONS`.
+        dropout: probability, behind the activation.
+        has_bias: both linear layers have biases.
+        recompute_activation: keep no activation for the backward pass, but compute it again.
+        dtype: of the weights.
+        device: of the weights; None: torch's default.
+    """
+
+    hidden_size: int
+    ffn_hidden_size: int
+    activation: str = "swiglu"
+    dropout: float = 0.0
+    has_bias: bool = False
+    recompute_activation: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device | int | None = None
 
 
 class Experts(torch.nn.Module):
     """Feed-forward experts: p * fc2_e(act(fc1_e x)) for each token x with gate weight p.
 
-    Stands where Megatron-Core's specs have `experts`. Its SequentialMLP runs a module an expert; here the
-    weights of all local experts are two parameters. The checkpoint holds them under the same keys and in the
-    same global shape as SequentialMLP's, [.., experts, out, in] with the gate's rows before the
-    up-projection's, and biases [.., experts, out].
+    Knows no Megatron-Core but for its checkpoints: these hold the weights, here two parameters for all local
+    experts, under the same keys and in the same global shape as those of its SequentialMLP, which runs a
+    module an expert: [.., experts, out, in] with the gate's rows before the up-projection's, and biases
+    [.., experts, out].
 
     Args:
         num_local_experts: experts e of this rank.
-        config: TransformerConfig.
-        pg_collection: groups `ep`, `expt_tp`, `expt_dp`.
+        settings: of each.
+        groups: `expert`, `expert_tensor`, `expert_data`.
 
     Parameters:
         linear_fc1: [e, g * f, h], f inner width of this expert-tensor-parallel rank, g = 2 where the
-        activation is gated, else 1. linear_fc2: [e, h, f]. With `config.add_bias_linear` also
-        bias_fc1.bias: [e, g * f], and bias_fc2.bias: [e, h / ETP]. The expert-tensor-parallel ranks' outputs
-        are added up, so that each adds its part of the channels, and each channel's bias is added once.
+        activation is gated, else 1. linear_fc2: [e, h, f]. With `has_bias` also bias_fc1.bias: [e, g * f],
+        and bias_fc2.bias: [e, h / ETP]. The expert-tensor-parallel ranks' outputs are added up, so that each
+        adds its part of the channels, and each channel's bias is added once. All are uninitialised.
     """
 
-    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, num_local_experts: int, settings: ExpertSettings, groups: MoEGroups | None = None
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.groups = pg_collection
+        self.settings, self.groups = settings, groups or MoEGroups()
         self.num_local_experts = num_local_experts
-        self.gates = 2 if config.gated_linear_unit else 1
-        self.recompute_activation = (
-            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
-        )
-        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
-        self.linear_fc1 = self._parameter((num_local_experts, self.gates * width, config.hidden_size), dim=1)
-        self.linear_fc2 = self._parameter((num_local_experts, config.hidden_size, width), dim=2)
+        self.activation, gated = ACTIVATIONS[settings.activation]
+        self.gates = 2 if gated else 1
+        parts = size(self.groups.expert_tensor)
+        hidden_size, width = settings.hidden_size, settings.ffn_hidden_size // parts
+        self.linear_fc1 = self._parameter((num_local_experts, self.gates * width, hidden_size), dim=1)
+        self.linear_fc2 = self._parameter((num_local_experts, hidden_size, width), dim=2)
         self.bias_fc1 = self.bias_fc2 = None
-        if config.add_bias_linear:
-            channels = config.hidden_size // pg_collection.expt_tp.size()
+        if settings.has_bias:
+            channels = hidden_size // parts
             self.bias_fc1 = ExpertBias(self._parameter((num_local_experts, self.gates * width), dim=1))
             self.bias_fc2 = ExpertBias(self._parameter((num_local_experts, channels), dim=1))
 
     def _parameter(self, shape: tuple[int, ...], dim: int) -> torch.nn.Parameter:
         """An uninitialised weight whose gradient is reduced over the experts' own replicas."""
         parameter = torch.nn.Parameter(
-            torch.empty(shape, dtype=self.config.params_dtype, device=torch.cuda.current_device())
+            torch.empty(shape, dtype=self.settings.dtype, device=self.settings.device)
         )
         marks = {
             # Megatron-Core's mark of an expert parameter: replicas are the expert-data-parallel group.
@@ -79,28 +107,41 @@ class Experts(torch.nn.Module):
         inner = grouped_linear(tokens, self.linear_fc1, tokens_per_expert)
         if self.bias_fc1 is not None:
             inner = inner + self.bias_fc1(tokens_per_expert, len(tokens))
-        if self.recompute_activation:
+        # Outside of what is recomputed: it must not be drawn a second time.
+        survivors = self._survivors(inner)
+        if self.settings.recompute_activation:
             activation = DiscardedOutput()
-            activated = activation.checkpoint(self._activated, inner, probs)
+            activated = activation.checkpoint(self._activated, inner, probs, survivors)
             output = grouped_linear(activated, self.linear_fc2, tokens_per_expert)
             activation.discard_output_and_register_recompute(output)
         else:
-            activated = self._activated(inner, probs)
+            activated = self._activated(inner, probs, survivors)
             output = grouped_linear(activated, self.linear_fc2, tokens_per_expert)
         if self.bias_fc2 is not None:
             bias = (self.bias_fc2(tokens_per_expert, len(tokens)) * probs.unsqueeze(-1)).to(tokens.dtype)
-            before = self.groups.expt_tp.rank() * bias.size(1)
+            before = rank(self.groups.expert_tensor) * bias.size(1)
             output = output + F.pad(bias, (before, output.size(1) - before - bias.size(1)))
         return output, None
 
-    def _activated(self, inner: Tensor, probs: Tensor) -> Tensor:
+    def _activated(self, inner: Tensor, probs: Tensor, survivors: Tensor | None) -> Tensor:
         """[t, g * f] and gate weights [t] -> [t, f]."""
         if self.gates == 2:
             gate, up = inner.chunk(2, dim=-1)
-            activated = self.config.activation_func(gate) * up
+            activated = self.activation(gate) * up
         else:
-            activated = self.config.activation_func(inner)
-        return (activated * probs.unsqueeze(-1)).to(inner.dtype)
+            activated = self.activation(inner)
+        scale = probs.unsqueeze(-1)
+        if survivors is not None:
+            activated = activated.masked_fill(~survivors, 0)
+            scale = scale / (1 - self.settings.dropout)
+        return (activated * scale).to(inner.dtype)
+
+    def _survivors(self, inner: Tensor) -> Tensor | None:
+        """[t, f] bool: what dropout leaves; None: everything."""
+        if not self.training or not self.settings.dropout:
+            return None
+        shape = (inner.size(0), inner.size(1) // self.gates)
+        return torch.rand(shape, device=inner.device) >= self.settings.dropout
 
     def backward_dw(self) -> None:
         """Weight gradients are not delayed."""
@@ -118,7 +159,7 @@ class Experts(torch.nn.Module):
                 parameter,
                 lambda key, data, replica_id, flattened_range: build(key, data, replica_id, sharded_offsets),
                 merge,
-                (0, 0, self.groups.expt_dp.rank()),
+                (0, 0, rank(self.groups.expert_data)),
             )
 
         shards = {
@@ -135,7 +176,7 @@ class Experts(torch.nn.Module):
         return {f"{prefix}{name}": shard for name, shard in shards.items()}
 
     def _shard_fc1(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
-        tensor_rank, tensor_size = self.groups.expt_tp.rank(), self.groups.expt_tp.size()
+        tensor_rank, tensor_size = rank(self.groups.expert_tensor), size(self.groups.expert_tensor)
         parts = data.chunk(self.gates, dim=1)
         return [
             self._shard(
@@ -153,7 +194,7 @@ class Experts(torch.nn.Module):
 
     def _shard_fc2(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
         # The matrix is cut along what comes in, the bias along what goes out.
-        tensor = (data.dim() - 1, self.groups.expt_tp.rank(), self.groups.expt_tp.size())
+        tensor = (data.dim() - 1, rank(self.groups.expert_tensor), size(self.groups.expert_tensor))
         return [self._shard(key, data, tensor, replica_id, offsets)]
 
     def _shard(
@@ -169,7 +210,7 @@ class Experts(torch.nn.Module):
             key,
             data,
             *offsets,
-            (leading, self.groups.ep.rank(), self.groups.ep.size()),
+            (leading, rank(self.groups.expert), size(self.groups.expert)),
             (leading + axis, piece, pieces),
             replica_id=replica_id,
             prepend_axis_num=leading,

@@ -17,6 +17,7 @@ class MoEGroups:
         expert: EP, whose ranks hold different experts.
         expert_tensor: ETP, whose ranks hold parts of each expert.
         expert_ranks: ETP x EP, ETP counted first: all ranks that together hold each expert once.
+        expert_data: ranks that hold the same experts; None where gradients are averaged by others.
         replicated_tokens: the ranks of `tensor` hold the same tokens and not parts (no sequence parallelism).
     """
 
@@ -26,6 +27,7 @@ class MoEGroups:
     expert: Any = None
     expert_tensor: Any = None
     expert_ranks: Any = None
+    expert_data: Any = None
     replicated_tokens: bool = False
 
 
@@ -39,6 +41,7 @@ def of_megatron(collection: Any, sequence_parallel: bool) -> MoEGroups:
         expert=collection.ep,
         expert_tensor=collection.expt_tp,
         expert_ranks=collection.tp_ep,
+        expert_data=collection.expt_dp,
         replicated_tokens=tensor.size() > 1 and not sequence_parallel,
     )
 

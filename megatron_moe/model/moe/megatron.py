@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.engine.versions import build
 from megatron_moe.model.moe.dispatch import dispatcher
+from megatron_moe.model.moe.experts import Experts, ExpertSettings
 from megatron_moe.model.moe.groups import of_megatron
 from megatron_moe.model.moe.router import Router
 
@@ -30,6 +32,30 @@ def router_class(moe: MoE, seed: int) -> type[Router]:
     return DenseRouter
 
 
+def experts_class(moe: MoE) -> type[Experts]:
+    """Our experts, as Megatron-Core's specs build them."""
+
+    class MegatronExperts(Experts):
+        def __init__(self, num_local_experts: int, config: Any, pg_collection: Any, **kwargs: Any) -> None:
+            modules = config.recompute_modules if config.recompute_granularity == "selective" else ()
+            assert moe.moe_expert_activation is not None
+            settings = ExpertSettings(
+                hidden_size=config.hidden_size,
+                ffn_hidden_size=config.moe_ffn_hidden_size,
+                activation=moe.moe_expert_activation,
+                dropout=moe.moe_expert_dropout,
+                has_bias=config.add_bias_linear,
+                recompute_activation="moe_act" in modules,
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+            super().__init__(
+                num_local_experts, settings, of_megatron(pg_collection, config.sequence_parallel)
+            )
+
+    return MegatronExperts
+
+
 def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer]:
     """The class of MoE layers with these settings; Megatron-Core builds it from its specs.
 
@@ -40,6 +66,8 @@ def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer
     class MoELayer(moe_layer.MoELayer):
         """Router, experts and shared experts under the names of Megatron-Core's layer, which stand in
         checkpoints; the rest is ours."""
+
+        parts = submodules
 
         def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
             groups = pg_collection or get_default_pg_collection()
