@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -104,7 +106,7 @@ class Router(torch.nn.Module):
         for loss, factor in [*zip(self.losses, self.coefficients, strict=True), (z_loss, self.z_coefficient)]:
             if factor.value:
                 weights = attach(weights, factor.value * loss(given))
-        return Choice(choice.experts, weights, choice.scores, choice.chosen, choice.load)
+        return replace(choice, weights=weights)
 
 
 def _as_lists(moe: MoE) -> tuple[list[str], list[object]]:

@@ -41,6 +41,8 @@ class Choice:
         chosen: [t, k] bool, false where the gate left out a choice; None: nowhere.
         load: [t, e] differentiable probability that a token would choose an expert again, for the load loss;
             None for gates that draw no noise.
+        first_choices_first: where experts have a limited capacity, the first choices of all tokens are seated
+            before any second choice (GShard).
     """
 
     experts: Tensor
@@ -48,6 +50,7 @@ class Choice:
     scores: Tensor
     chosen: Tensor | None = None
     load: Tensor | None = None
+    first_choices_first: bool = False
 
 
 class Gate(torch.nn.Module):
