@@ -37,6 +37,8 @@ def flow(value: Any) -> str:
         return value if _PLAIN.fullmatch(value) and value.lower() not in _RESERVED else _quoted(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(flow(entry) for entry in value)}]"
+    if isinstance(value, Section):
+        value = dict(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{flow(key)}: {flow(entry)}' for key, entry in value.items())}}}"
     assert isinstance(value, int), type(value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.keys import in_tree, input_paths, required_sections, value_at
+from megatron_moe.config.keys import in_tree, input_paths, meant_variant, required_sections, unions, value_at
 from megatron_moe.config.origin import KeyPath, Origin
 from megatron_moe.config.yaml_tree import Tree, parse
 
@@ -91,7 +91,7 @@ def merge(tree: Tree, later: Tree) -> None:
 def _merge(values: dict[str, Any], later: dict[str, Any], path: KeyPath, tree: Tree, over: Tree) -> None:
     for key, value in later.items():
         here = (*path, key)
-        if isinstance(values.get(key), dict) and isinstance(value, dict):
+        if isinstance(values.get(key), dict) and isinstance(value, dict) and _alike(here, values[key], value):
             if here in over.origins:
                 tree.origins[here] = over.origins[here]
             _merge(values[key], value, here, tree, over)
@@ -102,6 +102,12 @@ def _merge(values: dict[str, Any], later: dict[str, Any], path: KeyPath, tree: T
             other: origin for other, origin in over.origins.items() if other[: len(here)] == here
         }
         values[key] = value
+
+
+def _alike(path: KeyPath, earlier: dict[str, Any], later: dict[str, Any]) -> bool:
+    """Whether two sections are of one kind, so that one can be laid over the other; else it replaces it."""
+    variants = unions().get(".".join(map(str, path)))
+    return variants is None or meant_variant(variants, earlier) is meant_variant(variants, later)
 
 
 def resolve_paths(values: dict[str, Any], folder: str) -> None:

@@ -27,11 +27,25 @@ def hints(section: type[Section]) -> dict[str, Any]:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section behind an annotation such as `MoE | None`; None for a value."""
-    for part in alternatives(annotation):
-        if isinstance(part, type) and issubclass(part, Section):
-            return part
-    return None
+    """The section behind an annotation such as `MoE | None`; None for a value, also for one that may be a
+    section (see `variants_in`)."""
+    parts = alternatives(annotation)
+    return parts[0] if len(parts) == 1 and _is_section(parts[0]) else None
+
+
+def variants_in(annotation: Any) -> tuple[type[Section], ...]:
+    """The sections that a value such as `float | AdaptiveCoefficient` may be written as; none of others."""
+    parts = alternatives(annotation)
+    return tuple(part for part in parts if _is_section(part)) if len(parts) > 1 else ()
+
+
+def meant_variant(variants: tuple[type[Section], ...], given: Mapping[str, Any]) -> type[Section]:
+    """The one that knows most of the given keys, the first of several."""
+    return max(variants, key=lambda variant: len(given.keys() & variant.model_fields.keys()))
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def named_section_in(annotation: Any) -> type[Section] | None:
@@ -64,8 +78,8 @@ def _walk(section: type[Section], prefix: str) -> Iterator[tuple[str, Any]]:
         if named is not None:
             yield f"{prefix}{name}.{NAME}", named
             yield from _walk(named, f"{prefix}{name}.{NAME}.")
-        if inner is not None:
-            yield from _walk(inner, f"{prefix}{name}.")
+        for section in variants_in(annotation) if inner is None else (inner,):
+            yield from _walk(section, f"{prefix}{name}.")
 
 
 @cache
@@ -101,6 +115,19 @@ def in_tree(tree: Any, key: str) -> tuple[str, ...]:
         return (key,)
     sections = value_at(tree, holder)
     return tuple(f"{holder}.{name}{rest}" for name in sections) if isinstance(sections, Mapping) else ()
+
+
+@cache
+def unions() -> dict[str, tuple[type[Section], ...]]:
+    """The keys whose value may be written as a section or as something else, and these sections."""
+    return {
+        key: variants for key, annotation in known_keys().items() if (variants := variants_in(annotation))
+    }
+
+
+def union_of(key: str) -> str | None:
+    """The key of `unions` that a dotted key is, or lies in."""
+    return next((holder for holder in unions() if f"{key}.".startswith(f"{holder}.")), None)
 
 
 @cache
@@ -142,13 +169,18 @@ def value_at(tree: Any, key: str) -> Any:
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of everything in an experiment or in nested mappings that is not itself a section.
 
-    Keys that an incomplete experiment lacks are left out.
+    Keys that an incomplete experiment lacks are left out. Sections inside lists are given as mappings.
     """
     if not isinstance(tree, Mapping):
         tree = {name: tree.__dict__[name] for name in type(tree).model_fields if name in tree.__dict__}
     for name, value in tree.items():
         if isinstance(value, Section) or (isinstance(value, Mapping) and value):
             yield from leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield (
+                f"{prefix}{name}",
+                [dict(entry) if isinstance(entry, Section) else entry for entry in value],
+            )
         else:
             yield f"{prefix}{name}", value
 

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from megatron_moe.config.dump import flow
-from megatron_moe.config.keys import NAME, alternatives, hints, named_section_in, section_in
+from megatron_moe.config.keys import (
+    NAME,
+    alternatives,
+    hints,
+    named_section_in,
+    section_in,
+    unions,
+    variants_in,
+)
 from megatron_moe.config.schema import Experiment, Section
 
 _HEAD = """\
@@ -61,6 +69,9 @@ def _section(section: type[Section], key: str, depth: int) -> Iterator[str]:
             inner.append((f"{key}.{name}", own))
         elif (named := named_section_in(annotation)) is not None:
             inner.append((f"{key}.{name}.{NAME}", named))
+        inner += [
+            (_heading_of_variant(f"{key}.{name}", variant), variant) for variant in variants_in(annotation)
+        ]
     yield f"{'#' * depth} {_heading(key)}"
     yield _one_line(section.__doc__)
     yield "\n".join(lines)
@@ -95,7 +106,7 @@ def _type(annotation: Any) -> str:
     """For example `integer ≥ 1`, or the choices."""
     parts = alternatives(annotation)
     if len(parts) > 1:
-        return ", or ".join(_type(part) for part in parts)
+        return ", or ".join(_type_among(part, parts) for part in parts)
     if (section := section_in(annotation)) is not None:
         return f"section {_link(section)}"
     if (named := named_section_in(annotation)) is not None:
@@ -122,6 +133,13 @@ def _type(annotation: Any) -> str:
     return f"{base} {', '.join(bounds)}" if bounds else base
 
 
+def _type_among(part: Any, parts: tuple[Any, ...]) -> str:
+    """One of several types; a list of the others does not repeat them."""
+    entries = set(alternatives(get_args(part)[0])) if get_origin(part) is list else set(parts)
+    is_long = len(entries) > 1 or get_origin(next(iter(entries))) is Literal
+    return "list of these" if is_long and entries < set(parts) else _type(part)
+
+
 def _length(marks: list[Any]) -> str:
     """How many entries a list has, where that is bounded on both sides: ` (2 to 3 entries)`."""
     least = next((mark.min_length for mark in marks if hasattr(mark, "min_length")), None)
@@ -138,6 +156,9 @@ def _link(section: type[Section]) -> str:
 
 def _first_place(wanted: type[Section]) -> str:
     """The key under which a section, which several others may hold, stands in this page."""
+    for key, variants in unions().items():
+        if wanted in variants:
+            return _heading_of_variant(key, wanted)
 
     def search(section: type[Section], prefix: str) -> Iterator[str]:
         for name, annotation in hints(section).items():
@@ -158,6 +179,12 @@ def _table_row(cells: tuple[str, ...]) -> str:
 
 def _heading(key: str) -> str:
     return f"`{key}`" if NAME in key else key
+
+
+def _heading_of_variant(key: str, variant: type[Section]) -> str:
+    """Of a section that a value may be written as: two kinds of them have the same key."""
+    first = next(name for name in variant.model_fields)
+    return f"{key}, with {first}"
 
 
 def _anchor(key: str) -> str:

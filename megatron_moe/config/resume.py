@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moe.config.checking import default_of
-from megatron_moe.config.keys import known_keys, leaves, named_sections, schema_key
+from megatron_moe.config.keys import known_keys, leaves, named_sections, schema_key, unions
 from megatron_moe.config.schema import Experiment
 
 Difference = tuple[str, Any, Any]
@@ -54,6 +54,7 @@ def differences(
     if old.get("moe", 0) is None and current.moe is not None:
         new = {key: value for key, value in new.items() if not key.startswith("moe.")} | {"moe": "a section"}
     _join_names(old, new)
+    _join_variants(old, new)
     allowed: list[Difference] = []
     refused: list[Difference] = []
     for key in sorted(old.keys() | new.keys(), key=_rank):
@@ -78,6 +79,18 @@ def _join_names(old: dict[str, Any], new: dict[str, Any]) -> None:
             for key in keys:
                 del values[key]
             values[holder] = sorted(set(keys.values())) or None
+
+
+def _join_variants(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Where a value has become a section, or one of another kind, tell the whole ones apart, in place."""
+    for holder in unions():
+        of_both = [[key for key in values if f"{key}.".startswith(f"{holder}.")] for values in (old, new)]
+        if set(of_both[0]) == set(of_both[1]):
+            continue
+        for values, keys in zip((old, new), of_both, strict=True):
+            parts = {key.removeprefix(f"{holder}."): values.pop(key) for key in keys}
+            if parts:
+                values[holder] = parts.get(holder, parts)
 
 
 def _rank(key: str) -> tuple[int, str]:

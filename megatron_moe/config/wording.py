@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from megatron_moe.config.keys import alternatives, named_section_in, section_in
+from megatron_moe.config.keys import alternatives, named_section_in, section_in, variants_in
 from megatron_moe.config.origin import shown
 
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
@@ -26,7 +26,7 @@ def expected(annotation: Any) -> str:
     """For example `a whole number of at least 1`."""
     parts = alternatives(annotation)
     if len(parts) > 1:
-        return ", or ".join(expected(part) for part in parts)
+        return ", or ".join(_expected_among(part, parts) for part in parts)
     inner, constraints = _unwrapped(parts[0])
     if named_section_in(annotation) is not None:
         return "sections by name, their keys indented below"
@@ -51,14 +51,33 @@ def expected(annotation: Any) -> str:
     return f"{base} {' and '.join(bounds)}" if bounds else base
 
 
+def _expected_among(part: Any, parts: tuple[Any, ...]) -> str:
+    """One of several things that a key takes: a section by its keys, a list of the others without repeating
+    them."""
+    if (section := section_in(part)) is not None:
+        return f"{{{', '.join(section.model_fields)}}}"
+    if variants_in(_entry(part)) and set(alternatives(_entry(part))) < set(parts):
+        return "a list of these"
+    return expected(part)
+
+
+def _entry(annotation: Any) -> Any:
+    """What a list holds; None for anything else."""
+    inner, _ = _unwrapped(annotation)
+    return get_args(inner)[0] if get_origin(inner) is list else None
+
+
 def _bound(number: int | float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def remedy(annotation: Any, value: Any, default: Any) -> str:
     """A value that would work: what `value` seems to mean where that can be told, else an example."""
-    for part in alternatives(annotation):
-        if (rewritten := _rewritten(part, value)) is not None:
+    parts = alternatives(annotation)
+    for part in parts:
+        entries = alternatives(_entry(part))
+        # What is wrong by itself is not right in a list.
+        if entries[0] not in parts and (rewritten := _rewritten(part, value)) is not None:
             return f"write {rewritten}"
     if default is not None:
         return f"for example {shown(default)}"

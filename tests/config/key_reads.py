@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moe.config.keys import NAME, hints, named_section_in, section_in
+from megatron_moe.config.keys import NAME, hints, named_section_in, section_in, variants_in
 from megatron_moe.config.schema import Experiment, Section
 
 Read = tuple[str, str]
@@ -44,6 +44,8 @@ def keys_of(root: type[Section] = Experiment, prefix: str = "") -> dict[Read, st
                 for read, key in keys_of(named, f"{prefix}{name}.{NAME}.").items()
                 if read not in inside
             }
+        for variant in variants_in(annotation):
+            inside = keys_of(variant, f"{prefix}{name}.") | inside
     return inside | found
 
 
@@ -52,8 +54,9 @@ def sections_of(root: type[Section] = Experiment) -> dict[str, type[Section]]:
     found = {root.__name__: root}
     for annotation in hints(root).values():
         inner = section_in(annotation) or named_section_in(annotation)
-        if inner is not None and inner.__name__ not in found:
-            found |= sections_of(inner)
+        for section in variants_in(annotation) if inner is None else (inner,):
+            if section.__name__ not in found:
+                found |= sections_of(section)
     return found
 
 

@@ -23,7 +23,7 @@ def test_every_key_is_there_and_described() -> None:
         node: dict[str, Any] = schema
         *way, name = key.split(".")
         for part in way:
-            node = resolve(schema, child(node, part))
+            node = resolve(schema, child(node, part), name)
         found = child(node, name)
         assert "description" in found or "description" in resolve(schema, found) or key == "name", key
     assert "extends" in schema["properties"]
@@ -39,13 +39,15 @@ def child(node: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    """The definition behind a reference, also behind `X or null`."""
-    for option in (node, *node.get("anyOf", ())):
-        if "$ref" in option:
-            definition: dict[str, Any] = schema["$defs"][option["$ref"].rpartition("/")[2]]
-            return definition
-    return node
+def resolve(schema: dict[str, Any], node: dict[str, Any], holding: str = "") -> dict[str, Any]:
+    """The definition behind a reference, also behind `X or null`; of several the one that has this key."""
+    definitions: list[dict[str, Any]] = [
+        schema["$defs"][option["$ref"].rpartition("/")[2]]
+        for option in (node, *node.get("anyOf", ()))
+        if "$ref" in option
+    ]
+    holders = [definition for definition in definitions if holding in definition["properties"]]
+    return (holders or definitions or [node])[0]
 
 
 def test_a_file_that_extends_another_may_leave_anything_out() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_moe.config.keys import NAME, known_keys, named_section_in, section_in
+from megatron_moe.config.keys import NAME, known_keys, named_section_in, section_in, unions
 from megatron_moe.config.reference import reference_text
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
@@ -32,7 +32,12 @@ def test_every_key_stands_in_the_table_of_its_section() -> None:
     found = tables()
     for key, annotation in known_keys().items():
         section, _, name = key.rpartition(".")
-        if section == "" and section_in(annotation) is not None:
+        if section in unions():
+            kinds = [
+                rows for heading, rows in found.items() if heading.startswith("moe.moe_aux_loss_coeff, with")
+            ]
+            assert len(kinds) == 2 and any(name in rows for rows in kinds), key
+        elif section == "" and section_in(annotation) is not None:
             assert key in found, "a section"
         elif name != NAME:
             # The same kind of section in another place: data.blend.<name>.prepare is data.prepare.
@@ -58,5 +63,12 @@ def test_types_and_defaults_in_the_words_of_yaml() -> None:
     assert found["training"]["rampup_batch_size"][0] == "list of integer ≥ 1 (3 entries)"
     assert found["moe"]["moe_layer_freq"][0] == "integer ≥ 1, or list of 0 or 1"
     assert found["data.prepare"]["input"][0] == "list of path"
+    adaptive, scheduled = (
+        f"section [moe.moe_aux_loss_coeff, with {first}](#moemoe_aux_loss_coeff-with-{first})"
+        for first in ("initial", "start")
+    )
+    assert found["moe"]["moe_z_loss_coeff"][0] == f"number ≥ 0, or {adaptive}, or {scheduled}"
+    assert found["moe"]["moe_aux_loss_coeff"][0].endswith(f"{scheduled}, or list of these")
+    assert found["moe"]["moe_router_load_balancing_type"][0].endswith("`none`, or list of these")
     assert any(named_section_in(annotation) is not None for annotation in known_keys().values())
     assert found["data"]["blend"][0] == f"sections [`data.blend.{NAME}`](#datablendname) by name"
