@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.config.errors import RunError
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.schedule import share_of_reports
-from megatron_moe.training.moe_sums import COLUMNS, MoESums, local_sums, split
+from megatron_moe.model.moe.capacity import limit
+from megatron_moe.training.moe_sums import MoESums, local_drops, local_sums, split
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,41 @@ def reduce_step(
     """Sum over all ranks what each has seen of the step: one collective over the world, and every rank takes
     part.
 
+    Raises RunError on all ranks where a router of any got logits that are not finite.
+
     Args:
         reports: [loss sum, targets] a microbatch, on the last pipeline stage; else empty.
     """
     stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=device)
     parts = [share_of_reports(reports, device), stop]
+    local = None
     if experiment.moe is not None:
-        parts.append(local_sums(experiment, chunks, device).flatten())
+        local = local_sums(experiment, chunks, device)
+        parts.append(local.total.flatten())
     total = torch.cat(parts)
     dist.all_reduce(total)
     total = total.cpu()
     moe = None
-    if experiment.moe is not None:
-        experts = experiment.moe.num_moe_experts
-        moe = split(total[3:].view(experiment.model.num_layers, experts + len(COLUMNS)), experts)
+    if local is not None and experiment.moe is not None:
+        moe = split(total[3:].view(local.total.shape), experiment.moe.num_moe_experts)
+        if bool(moe.column("not_finite").any()):
+            raise RunError(_not_finite(local.not_finite))
     return StepSums(float(total[0]), float(total[1]), float(total[2]) > 0, moe)
+
+
+def _not_finite(of_rank: Tensor) -> str:
+    """Which router got logits that are not finite, and on which ranks: the first layer, whose output spoils
+    those behind it. Collective over all ranks."""
+    of_ranks = [torch.empty_like(of_rank) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, of_rank)
+    broken = torch.stack(of_ranks) > 0
+    layer = int(broken.any(0).nonzero()[0])
+    ranks = broken[:, layer].nonzero().flatten().tolist()
+    where = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return (
+        f"the router of layer {layer + 1} got logits that are NaN or infinite on {where}, and no weight was "
+        "updated; start again from an earlier checkpoint, with a lower optimizer.lr"
+    )
 
 
 MOE_METRICS: dict[str, Callable[[MoESums, Experiment], float]] = {
@@ -69,14 +91,19 @@ MOE_METRICS: dict[str, Callable[[MoESums, Experiment], float]] = {
     ),
     "moe/load_max_over_mean": lambda sums, _: _mean(_load_max_over_mean(sums)),
     "moe/dead_experts": lambda sums, _: int((_moe_rows(sums.load, sums) == 0).sum()),
+    "moe/router_entropy": lambda sums, _: _mean(_quotients(sums, "entropy", "tokens")),
 }
 """Every step: key -> number."""
 
 LAYER_METRICS: dict[str, Callable[[MoESums, Experiment], list[float]]] = {
     "moe/per_layer/drop_rate": lambda sums, _: _quotients(sums, "dropped", "assigned"),
+    "moe/per_layer/would_drop_rate": lambda sums, _: _quotients(sums, "would_drop", "assigned"),
     "moe/per_layer/aux_loss_coeff": lambda sums, experiment: [_aux_loss_coeff(experiment)] * len(sums.load),
     "moe/per_layer/load_max_over_mean": lambda sums, _: _load_max_over_mean(sums),
+    "moe/per_layer/dead_experts": lambda sums, _: (sums.load == 0).sum(1).tolist(),
+    "moe/per_layer/router_entropy": lambda sums, _: _quotients(sums, "entropy", "tokens"),
     "moe/per_layer/top1_over_top2": lambda sums, _: _quotients(sums, "top1", "top2"),
+    "moe/per_layer/top2_over_top3": lambda sums, _: _quotients(sums, "top2", "top3"),
 }
 """Every `logging.detail_interval` steps: key -> one number a layer, NaN where the layer is dense."""
 
@@ -85,8 +112,6 @@ def moe_metrics(sums: MoESums, experiment: Experiment, detailed: bool) -> dict[s
     """The MoE part of a step's record."""
     record: dict[str, Any] = {key: compute(sums, experiment) for key, compute in MOE_METRICS.items()}
     assert experiment.moe is not None
-    if experiment.moe.moe_expert_capacity_factor is not None:
-        del record["moe/would_drop_rate"]
     if detailed:
         dense = (sums.column("microbatches") == 0).tolist()
         for key, compute_layers in LAYER_METRICS.items():
@@ -94,7 +119,22 @@ def moe_metrics(sums: MoESums, experiment: Experiment, detailed: bool) -> dict[s
             record[key] = [
                 math.nan if is_dense else value for value, is_dense in zip(values, dense, strict=True)
             ]
+    if limit(experiment.moe.moe_expert_capacity_factor) is not None:
+        for key in ("moe/would_drop_rate", "moe/per_layer/would_drop_rate"):
+            record.pop(key, None)
     return record
+
+
+def drops_of_evaluation(
+    experiment: Experiment, chunks: list[torch.nn.Module], device: torch.device
+) -> dict[str, float]:
+    """`eval/drop_rate`, where evaluation may drop anything. Collective over all ranks."""
+    if experiment.moe is None or limit(experiment.moe.moe_eval_capacity_factor) is None:
+        return {}
+    total = local_drops(chunks, device)
+    dist.all_reduce(total)
+    assigned, dropped = total.cpu()
+    return {"eval/drop_rate": _ratio(dropped, assigned)}
 
 
 def _aux_loss_coeff(experiment: Experiment) -> float:

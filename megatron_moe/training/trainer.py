@@ -20,11 +20,12 @@ from megatron_moe.data.samples import Samples
 from megatron_moe.engine import schedule
 from megatron_moe.engine.device import Device
 from megatron_moe.engine.optimizer import learning_rates
+from megatron_moe.model.moe.gates import needs_marks
 from megatron_moe.plan.batch_ramp import global_batch_size
 from megatron_moe.plan.plan import Plan
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
-from megatron_moe.training.metrics import moe_metrics, reduce_step
+from megatron_moe.training.metrics import drops_of_evaluation, moe_metrics, reduce_step
 
 if TYPE_CHECKING:
     from megatron_moe.data.pretraining import Datasets
@@ -87,10 +88,11 @@ class Trainer:
         self.scheduler.num_steps = self.iteration
         self.scheduler.step(1)
         reports = schedule.run(self.chunks, self.iterators(batches, shapes), forward_step, shapes)
-        updated, grad_norm = schedule.update(self.optimizer, self.chunks)
+        # Before the update: there must be none where a router got numbers that are not finite.
         sums = reduce_step(
             self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
         )
+        updated, grad_norm = schedule.update(self.optimizer, self.chunks)
         self.stopped = sums.stop_requested
         self.iteration += 1
         self.consumed_samples += sequences
@@ -124,7 +126,7 @@ class Trainer:
     def evaluate(self, dataset: Samples, iterations: int) -> Record:
         """`eval/loss`, the mean loss a target token over the first `iterations` global batches of `dataset`,
         in order. Where several sources are blended, also that over each one's samples among them,
-        `eval/loss/<name>`; NaN where there are none."""
+        `eval/loss/<name>`; NaN where there are none. And `eval/drop_rate`, where routers drop anything."""
         names = [part.name for part in dataset.parts] if isinstance(dataset, Blend) else [""]
         batches = self.microbatches(dataset, 0, shuffle=False)
         shapes = self.shapes()
@@ -142,6 +144,7 @@ class Trainer:
         of_sources = list(zip(sums[::2], sums[1::2], strict=True))
         losses, targets = (sum(column) for column in zip(*of_sources, strict=True))
         record: Record = {"eval/loss": losses / targets if targets else math.nan}
+        record |= drops_of_evaluation(self.experiment, self.chunks, self.device.torch_device)
         if len(names) > 1:
             record |= {
                 f"eval/loss/{name}": losses / targets if targets else math.nan
@@ -164,7 +167,8 @@ class Trainer:
             global_batch_size=training.global_batch_size,
             shuffle=shuffle,
         )
-        return (schedule.share_of_context(batch, self.device.torch_device) for batch in batches)
+        marked = self.experiment.moe is not None and needs_marks(self.experiment.moe)
+        return (schedule.share_of_context(batch, self.device.torch_device, marked) for batch in batches)
 
     def iterators(self, batches: Iterator[Batch], shapes: schedule.Shapes) -> list[Iterator[Batch]]:
         """The next global batch's microbatches, once for each model chunk of this rank."""

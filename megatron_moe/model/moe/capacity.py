@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_moe.config.schema.moe import MoE
-from megatron_moe.model.moe.routing import Routing, dense_map
+from megatron_moe.model.moe.groups import MoEGroups, size
+from megatron_moe.model.moe.routing import Padded, Routing
 
 if TYPE_CHECKING:
     from megatron_moe.model.moe.gates.gate import Choice
     from megatron_moe.model.moe.microbatch import Microbatch
+
+Setting = float | Literal["auto"] | None
+"""`moe.moe_expert_capacity_factor`."""
+
+
+def limit(setting: Setting) -> float | None:
+    """The capacity factor beyond which assignments are dropped; None: none is, whatever comes."""
+    return None if setting in (None, "auto", 0) else abs(float(setting))
+
+
+def capacity(tokens: float | Tensor, topk: int, num_experts: int, factor: float) -> float | Tensor:
+    """ceil(t * k / e * factor): what an expert takes of t tokens, and never more than all of them."""
+    if isinstance(tokens, Tensor):
+        return torch.minimum(tokens, tokens * topk / num_experts * factor).ceil()
+    return math.ceil(min(tokens, tokens * topk / num_experts * factor))
 
 
 class Capacity:
@@ -25,81 +41,98 @@ class Capacity:
 
     def __init__(self, moe: MoE) -> None:
         self.moe = moe
+        self.in_training: Setting = moe.moe_expert_capacity_factor
+        self.in_evaluation: Setting = moe.moe_eval_capacity_factor
+        if self.in_evaluation is None:
+            self.in_evaluation = self.in_training
 
-    @torch.no_grad()
-    def kept(self, choice: Choice, microbatch: Microbatch) -> Tensor | None:
-        """[t, k] bool: the assignments that their expert has room for; None: all."""
-        factor = self.moe.moe_expert_capacity_factor
-        if factor is None:
-            return choice.chosen
-        assert isinstance(factor, float | int)
-        experts, whole = choice.experts, self.moe.num_moe_experts
-        weights = choice.weights.new_zeros(len(experts), whole).scatter(1, experts, choice.weights)
-        kept = within_capacity(
-            microbatch.gather(weights),
-            microbatch.gather(dense_map(experts, choice.chosen, whole)),
-            None if microbatch.valid is None else microbatch.gather(microbatch.valid),
-            self.moe.moe_router_topk,
-            factor,
-            self.moe.moe_token_drop_policy,
-        )
-        return microbatch.mine(kept).gather(1, experts)
+    def drops(self, training: bool) -> bool:
+        """Whether anything may be dropped."""
+        return limit(self.in_training if training else self.in_evaluation) is not None
 
     def apply(self, choice: Choice, microbatch: Microbatch, training: bool) -> Routing:
         """The routing of this rank's tokens, decided over the whole microbatch."""
-        kept = self.kept(choice, microbatch)
-        weights = choice.weights if kept is None else choice.weights * kept
-        return Routing(choice.experts, weights, kept)
+        setting = self.in_training if training else self.in_evaluation
+        kept = self._kept(choice, microbatch, limit(setting))
+        weights = choice.weights if kept is None else choice.weights.masked_fill(~kept, 0)
+        return Routing(choice.experts, weights, kept, self._padded(microbatch, setting))
+
+    @torch.no_grad()
+    def _kept(self, choice: Choice, microbatch: Microbatch, factor: float | None) -> Tensor | None:
+        """[t, k] bool: the assignments that were made and that their expert has room for; None: all.
+
+        Tokens that are padding are left out of the account: they take no room, and are never dropped (a
+        prompt that is no target must still pass its experts).
+        """
+        if factor is None:
+            return choice.chosen
+        experts, k, whole = choice.experts, choice.experts.size(1), self.moe.num_moe_experts
+        contending = torch.ones_like(experts, dtype=torch.bool) if choice.chosen is None else choice.chosen
+        contending = microbatch.masked(contending)
+        # One exchange instead of two: expert numbers are exact in every precision of a router.
+        numbers = experts.masked_fill(~contending, whole).to(choice.weights.dtype)
+        given = microbatch.gather(torch.cat([numbers, choice.weights.detach() * contending], dim=1))
+        room = capacity(microbatch.count.double(), k, whole, factor)
+        policy, ahead = self.moe.moe_token_drop_policy, choice.first_choices_first
+        seats = places(given[:, :k].long(), given[:, k:], whole, policy, ahead)
+        kept = (microbatch.mine(seats) < room) | ~contending
+        return kept if choice.chosen is None else kept & choice.chosen
+
+    def _padded(self, microbatch: Microbatch, setting: Setting) -> Padded | None:
+        moe, groups = self.moe, microbatch.groups
+        if not moe.moe_pad_expert_input_to_capacity:
+            return None
+        factor = limit(setting)
+        if factor is None or factor != setting:  # `auto`, 0 and negative ones: what the fullest expert needs
+            return Padded(0, at_least=True)
+        tokens = microbatch.length * microbatch.batch * size(groups.microbatch)
+        rows = capacity(tokens, moe.moe_router_topk, moe.num_moe_experts, factor)
+        return Padded(int(rows) * replicas_reached(groups), at_least=microbatch.valid is not None)
 
 
-def within_capacity(
-    probs: Tensor, routed: Tensor, valid: Tensor | None, topk: int, factor: float, policy: str
+def places(
+    experts: Tensor, weights: Tensor, num_experts: int, policy: str, first_choices_first: bool
 ) -> Tensor:
-    """[t, e] bool: the assignments in `routed` that their expert has room for.
-
-    An expert takes ceil(t * k / e * factor) of the t valid tokens. Tokens that are not valid are left out of
-    the account: they take no room, and are never dropped (a prompt that is no target must still pass its
-    experts).
+    """[t, k] int64: the place of each assignment in its expert's queue, from 0.
 
     Args:
-        probs: [t, e] gate weights.
-        routed: [t, e] bool, experts chosen for each token, in the order of the sequence.
-        valid: [t] bool, false for padding; None: every token is valid.
-        topk: k.
-        policy: `probs` drops the smallest gate weights, of equal ones the later; `position` drops the last
-            tokens.
+        experts: [t, k] expert numbers, in the order of the sequence; `num_experts` where there is none.
+        weights: [t, k] gate weights.
+        policy: `probs` lets the largest gate weights in first, of equal ones the earlier tokens; `position`
+            the earlier tokens; `batch_priority` all first choices, those of the tokens whose largest weight
+            is largest first, then all second ones (V-MoE, section 3.4: batch prioritized routing).
+        first_choices_first: all first choices before all second ones, within each as `policy` says.
     """
-    contending = routed if valid is None else routed & valid[:, None]
-    tokens = routed.size(0) if valid is None else int(valid.sum())
-    # None can get more than all tokens, however large the factor.
-    capacity = math.ceil(min(tokens, tokens * topk / routed.size(1) * factor))
+    order = _by_priority(weights, policy, first_choices_first)
+    flat = experts.reshape(-1)
+    by_expert, within = (flat if order is None else flat[order]).sort(stable=True)
+    starts = torch.searchsorted(by_expert, torch.arange(num_experts + 1, device=flat.device))
+    place = torch.arange(len(flat), device=flat.device) - starts[by_expert]
+    result = torch.empty_like(flat)
+    result[within if order is None else order[within]] = place
+    return result.view_as(experts)
+
+
+def _by_priority(weights: Tensor, policy: str, first_choices_first: bool) -> Tensor | None:
+    """[t * k] places in the flattened [t, k], those that are let in first at first; None: as they stand."""
+    tokens, k = weights.shape
+    choices = torch.arange(k, device=weights.device)[:, None]
+    if policy == "batch_priority":
+        best = weights.amax(dim=1).argsort(descending=True, stable=True)
+        return (best * k + choices).flatten()
+    if policy == "probs" and first_choices_first:
+        return (weights.T.argsort(dim=1, descending=True, stable=True) * k + choices).flatten()
     if policy == "probs":
-        order = probs.masked_fill(~contending, -1.0).argsort(dim=0, descending=True, stable=True)
-        ranks = torch.arange(1, len(order) + 1, device=order.device)[:, None].expand_as(order)
-        places = torch.empty_like(order).scatter_(0, order, ranks)
-    else:
-        places = contending.cumsum(dim=0)
-    return routed & ~(contending & (places > capacity))
+        return weights.flatten().argsort(descending=True, stable=True)
+    if first_choices_first:
+        return (torch.arange(tokens, device=weights.device) * k + choices).flatten()
+    return None
 
 
-def sequence_order(
-    tensor_size: int, context_size: int, length: int, batch: int, device: torch.device
-) -> Tensor:
-    """[TP * CP * s * b]: where in one process's order of tokens those stand that the ranks of a TP x CP group
-    hold one after the other.
-
-    The group's ranks count TP first. Each CP rank holds chunks r and 2 CP - 1 - r of the sequence
-    (Megatron-Core's zig-zag split), and its TP ranks equal parts of these (sequence parallelism).
-
-    Args:
-        length: s, places of the sequence on one rank.
-        batch: b.
-    """
-    local = torch.arange(tensor_size * length, device=device)
-    positions = local
-    if context_size > 1:
-        chunk = tensor_size * length // 2
-        rank = torch.arange(context_size, device=device)[:, None]
-        first, second = local[:chunk] + rank * chunk, local[:chunk] + (2 * context_size - 1 - rank) * chunk
-        positions = torch.cat([first, second], dim=1).flatten()
-    return (positions[:, None] * batch + torch.arange(batch, device=device)).flatten()
+def replicas_reached(groups: MoEGroups) -> int:
+    """Microbatches whose tokens may reach the experts of one rank, at most: the replicas that the ranks of
+    ETP x EP lie in, which are numbered one after the other as those of TP x CP."""
+    of_experts = size(groups.expert_ranks)
+    of_replica = size(groups.tensor) * size(groups.context)
+    # A block of expert ranks begins at a multiple of their common divisor within a replica.
+    return -((math.gcd(of_experts, of_replica) - of_experts) // of_replica) + 1

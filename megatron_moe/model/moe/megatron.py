@@ -14,6 +14,7 @@ from megatron_moe.config.schema.moe import MoE
 from megatron_moe.engine.versions import build
 from megatron_moe.model.moe.dispatch import dispatcher
 from megatron_moe.model.moe.experts import Experts, ExpertSettings
+from megatron_moe.model.moe.filled import filled
 from megatron_moe.model.moe.groups import of_megatron
 from megatron_moe.model.moe.router import Router
 
@@ -104,7 +105,8 @@ def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer
             routing = self.router(hidden, marks)
             shared = (lambda: self._shared(hidden)) if self.use_shared_expert else None
             tokens = hidden.reshape(-1, hidden.size(-1))
-            return self.token_dispatcher(tokens, routing, self.experts, shared).view_as(hidden)
+            experts = filled(self.experts, routing.capacity)
+            return self.token_dispatcher(tokens, routing, experts, shared).view_as(hidden)
 
         def _shared(self, hidden: Tensor) -> Tensor:
             if self.shared_experts_recompute and self.training:

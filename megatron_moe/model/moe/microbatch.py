@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.model.moe import marks as token_marks
-from megatron_moe.model.moe.capacity import sequence_order
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
 
 
@@ -55,12 +54,19 @@ class Microbatch:
         return torch.arange(self.batch, device=self.device).repeat(self.length)
 
     @cached_property
+    def places(self) -> Tensor:
+        """[t] the place of each token in one process's order of the whole microbatch."""
+        if size(self.groups.microbatch) == 1:
+            return torch.arange(self.length * self.batch, device=self.device)
+        return self.mine(torch.arange(len(self._order), device=self.device))
+
+    @cached_property
     def count(self) -> Tensor:
         """[] float32: valid tokens of the whole microbatch, at least 1."""
         group = self.groups.microbatch
         if self.valid is None:
             whole = float(self.length * self.batch * size(group))
-            return torch.tensor(whole, device=self.device)
+            return torch.full((), whole, device=self.device)
         return self.sum(self.valid.sum().float()).clamp(min=1.0)
 
     def masked(self, values: Tensor) -> Tensor:
@@ -90,7 +96,7 @@ class Microbatch:
             return rows
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(size(group))]
         dist.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts)[self._order.argsort()]
+        return torch.cat(parts)[self._place]
 
     def mine(self, rows: Tensor) -> Tensor:
         """[T, ..] in one process's order -> this rank's [t, ..]."""
@@ -107,3 +113,31 @@ class Microbatch:
         tensor = 1 if groups.replicated_tokens else size(groups.tensor)
         assert self.device is not None
         return sequence_order(tensor, size(groups.context), self.length, self.batch, self.device)
+
+    @cached_property
+    def _place(self) -> Tensor:
+        """Row i of the microbatch is row place[i] of what the ranks hold one after the other."""
+        return self._order.argsort()
+
+
+def sequence_order(
+    tensor_size: int, context_size: int, length: int, batch: int, device: torch.device
+) -> Tensor:
+    """[TP * CP * s * b]: where in one process's order of tokens those stand that the ranks of a TP x CP group
+    hold one after the other.
+
+    The group's ranks count TP first. Each CP rank holds chunks r and 2 CP - 1 - r of the sequence
+    (Megatron-Core's zig-zag split), and its TP ranks equal parts of these (sequence parallelism).
+
+    Args:
+        length: s, places of the sequence on one rank.
+        batch: b.
+    """
+    local = torch.arange(tensor_size * length, device=device)
+    positions = local
+    if context_size > 1:
+        chunk = tensor_size * length // 2
+        ranks = torch.arange(context_size, device=device)[:, None]
+        first, second = local[:chunk] + ranks * chunk, local[:chunk] + (2 * context_size - 1 - ranks) * chunk
+        positions = torch.cat([first, second], dim=1).flatten()
+    return (positions[:, None] * batch + torch.arange(batch, device=device)).flatten()
