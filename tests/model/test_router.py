@@ -11,6 +11,8 @@ from distributed import ranks
 from experiments import experiment, layout
 from torch import Tensor
 
+from megatron_moe.model.moe.statistics import NUMBERS
+
 S, B, E, K = 16, 2, 4, 2
 MOE = {"num_moe_experts": E, "moe_ffn_hidden_size": 16, "moe_aux_loss_coeff": 0.3, "moe_z_loss_coeff": 0.2}
 POLICIES: dict[str, dict[str, Any]] = {
@@ -85,7 +87,7 @@ def test_losses_by_formula() -> None:
     row = actual["statistics"][0]
     torch.testing.assert_close(row[:E], chosen[valid].sum(0))
     assert float(row[3 * E]) == pytest.approx(float(z.detach() * valid.sum()), rel=1e-6)
-    assert int(row[-1]) == int(valid.sum())
+    assert int(row[3 * E + NUMBERS.index("tokens")]) == int(valid.sum())
 
 
 def test_drops_show_in_the_statistics() -> None:
