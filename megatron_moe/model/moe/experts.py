@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from megatron_moe.engine.recompute import DiscardedOutput
 from megatron_moe.model.activations import ACTIVATIONS
-from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_linear
+from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_bias, grouped_linear
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
 
 
@@ -38,6 +40,15 @@ class ExpertSettings:
     recompute_activation: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device | int | None = None
+
+
+class Weights(NamedTuple):
+    """Of some experts, see `Experts`."""
+
+    fc1: Tensor
+    fc2: Tensor
+    bias_fc1: Tensor | None
+    bias_fc2: Tensor | None
 
 
 class Experts(torch.nn.Module):
@@ -104,21 +115,45 @@ class Experts(torch.nn.Module):
         Returns:
             [t, h], and no bias: it is in there already, with its gate weight.
         """
-        inner = grouped_linear(tokens, self.linear_fc1, tokens_per_expert)
-        if self.bias_fc1 is not None:
-            inner = inner + self.bias_fc1(tokens_per_expert, len(tokens))
+        return self._compute(self._weights(), tokens, tokens_per_expert, probs)
+
+    def split(self, sizes: list[int]) -> list[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]]:
+        """So many of the local experts each, to be called as all of them.
+
+        To be called anew in each forward pass. The gradients of all parts are put together in one piece, when
+        the last of them is there.
+        """
+        whole = self._weights()
+        parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in whole), strict=True)
+        return [partial(self._compute, Weights(*part)) for part in parts]
+
+    def _weights(self) -> Weights:
+        return Weights(
+            self.linear_fc1,
+            self.linear_fc2,
+            None if self.bias_fc1 is None else self.bias_fc1.bias,
+            None if self.bias_fc2 is None else self.bias_fc2.bias,
+        )
+
+    def _compute(
+        self, weights: Weights, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        inner = grouped_linear(tokens, weights.fc1, tokens_per_expert)
+        if weights.bias_fc1 is not None:
+            inner = inner + grouped_bias(weights.bias_fc1, tokens_per_expert, len(tokens))
         # Outside of what is recomputed: it must not be drawn a second time.
         survivors = self._survivors(inner)
         if self.settings.recompute_activation:
             activation = DiscardedOutput()
             activated = activation.checkpoint(self._activated, inner, probs, survivors)
-            output = grouped_linear(activated, self.linear_fc2, tokens_per_expert)
+            output = grouped_linear(activated, weights.fc2, tokens_per_expert)
             activation.discard_output_and_register_recompute(output)
         else:
             activated = self._activated(inner, probs, survivors)
-            output = grouped_linear(activated, self.linear_fc2, tokens_per_expert)
-        if self.bias_fc2 is not None:
-            bias = (self.bias_fc2(tokens_per_expert, len(tokens)) * probs.unsqueeze(-1)).to(tokens.dtype)
+            output = grouped_linear(activated, weights.fc2, tokens_per_expert)
+        if weights.bias_fc2 is not None:
+            bias = grouped_bias(weights.bias_fc2, tokens_per_expert, len(tokens))
+            bias = (bias * probs.unsqueeze(-1)).to(tokens.dtype)
             before = rank(self.groups.expert_tensor) * bias.size(1)
             output = output + F.pad(bias, (before, output.size(1) - before - bias.size(1)))
         return output, None

@@ -28,6 +28,15 @@ def grouped_linear(tokens: Tensor, weight: Tensor, tokens_per_expert: Tensor) ->
     return _ExpertLoop.apply(tokens, weight, sizes)
 
 
+def grouped_bias(bias: Tensor, tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
+    """The bias [e, out] of each token's expert, [num_tokens, out], for tokens sorted by expert."""
+    experts = torch.arange(len(bias), device=bias.device)
+    counts = tokens_per_expert.to(bias.device)
+    expert_of_token = torch.repeat_interleave(experts, counts, output_size=num_tokens)
+    # A look-up, because its gradient is summed in a fixed order on every device.
+    return torch.nn.functional.embedding(expert_of_token, bias)
+
+
 class ExpertBias(torch.nn.Module):
     """One vector an expert. A module for the parameter's name, `bias`, which takes no weight decay.
 
@@ -38,14 +47,6 @@ class ExpertBias(torch.nn.Module):
     def __init__(self, bias: torch.nn.Parameter) -> None:
         super().__init__()
         self.bias = bias
-
-    def forward(self, tokens_per_expert: Tensor, num_tokens: int) -> Tensor:
-        """The bias of each token's expert, [num_tokens, out], for tokens sorted by expert."""
-        experts = torch.arange(len(self.bias), device=self.bias.device)
-        counts = tokens_per_expert.to(self.bias.device)
-        expert_of_token = torch.repeat_interleave(experts, counts, output_size=num_tokens)
-        # A look-up, because its gradient is summed in a fixed order on every device.
-        return torch.nn.functional.embedding(expert_of_token, self.bias)
 
 
 def _rows_are_aligned(weight: Tensor) -> bool:
