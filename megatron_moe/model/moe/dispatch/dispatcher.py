@@ -14,6 +14,19 @@ Experts = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]
 [n] -> [n, h], each row times its weight."""
 
 
+class Pending(Protocol):
+    """Rows on their way."""
+
+    def wait(self) -> Tensor:
+        """Those that came, the ones of rank 0 first. To be called once."""
+        ...
+
+
+Start = Callable[[Tensor, list[int], list[int]], Pending]
+"""Sends rows to the expert ranks: rows [n, ..], those for rank 0 first; how many each rank gets; how many
+each rank sends here."""
+
+
 class Dispatcher(Protocol):
     """Brings tokens to their experts and what these make of them back."""
 
