@@ -28,7 +28,7 @@ class Microbatches:
 
     Microbatch m of replica r in global batch g holds the samples g x GBS + m x (MBS x DP) + r x MBS and the
     MBS - 1 after it. So a global batch falls into the same microbatches for every DP. Each is a dict of the
-    samples' tensors, stacked to [b, s].
+    samples' tensors, stacked to [b, s], and `sample_numbers` [b], these numbers.
     """
 
     def __init__(
@@ -59,9 +59,8 @@ class Microbatches:
         return self
 
     def __next__(self) -> dict[str, Tensor]:
-        samples = [
-            self._dataset[self._order[index]]
-            for index in range(self._next, self._next + self._micro_batch_size)
-        ]
+        numbers = range(self._next, self._next + self._micro_batch_size)
+        samples = [self._dataset[self._order[number]] for number in numbers]
         self._next += self._stride
-        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        stacked = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        return {**stacked, "sample_numbers": torch.tensor(numbers)}

@@ -142,12 +142,15 @@ def mean_targets(microbatches: Sequence[Mapping[str, Tensor]]) -> Tensor:
     return total.clamp(min=1) / (len(microbatches) * group.size())
 
 
-def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def share_of_context(
+    batch: dict[str, Tensor], device: torch.device, with_run_positions: bool = False
+) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
     It also gets `num_targets` [], the targets of the whole sequences, and in place of `document_starts` the
     `segments` that attention goes by (see `engine.segments`). A `padding_mask` without padding is left out.
-    All this is found on the host, so that no GPU has to be waited for.
+    In place of `sample_numbers` come, where they are wanted, `run_positions` [b, s]: each token's place among
+    all tokens of the run. All this is found on the host, so that no GPU has to be waited for.
     """
     from megatron.core import parallel_state
 
@@ -159,6 +162,9 @@ def share_of_context(batch: dict[str, Tensor], device: torch.device) -> dict[str
         mine["segments"] = segments(starts, rank, size)
     if (by_source := batch.pop("by_source", None)) is not None:
         mine["by_source"] = by_source
+    if (numbers := batch.pop("sample_numbers", None)) is not None and with_run_positions:
+        length = batch["tokens"].size(1)
+        batch["run_positions"] = numbers[:, None] * length + torch.arange(length)
     if "padding_mask" in batch and not bool(batch["padding_mask"].any()):
         del batch["padding_mask"]
     for name, tensor in batch.items():

@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_moe.model.moe.marks import mark
+
 Batch = Mapping[str, Tensor]
 
 
@@ -19,21 +21,24 @@ def forward_step(
 
     A batch holds tokens, labels and position_ids [b, s] and loss_mask [b, s], 0 where what follows a token is
     no target; where tokens are padding or prompt, also padding_mask [b, s], true for them: they count neither
-    in the loss nor in the router's losses and statistics. `num_targets` [] counts the targets of the whole
-    sequences, of which a context-parallel rank has a part. `segments` [m, 2] (see `engine.segments`) says
-    where documents end that must not see each other; `by_source` [b, sources], 1 in one column, where each
-    sequence comes from, if that is to be reported. `mean_targets` [], where it is there, takes the place of
-    `num_targets` in the loss (see `engine.schedule.mean_targets`).
+    in the loss nor in the router's losses and statistics. Where routers look at more of a token than its
+    hidden state, `run_positions` [b, s] go to them with the tokens (see `model.moe.marks`). `num_targets` []
+    counts the targets of the whole sequences, of which a context-parallel rank has a part. `segments` [m, 2]
+    (see `engine.segments`) says where documents end that must not see each other; `by_source` [b, sources],
+    1 in one column, where each sequence comes from, if that is to be reported. `mean_targets` [], where it is
+    there, takes the place of `num_targets` in the loss (see `engine.schedule.mean_targets`).
     """
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
-    padding = {"padding_mask": batch["padding_mask"]} if "padding_mask" in batch else {}
+    marks = batch.get("padding_mask")
+    if "run_positions" in batch:
+        marks = mark(marks, batch["tokens"], batch["run_positions"])
     output = chunk(
         batch["tokens"],
         batch["position_ids"],
         batch.get("segments"),
         labels=batch["labels"],
-        **padding,
+        **({} if marks is None else {"padding_mask": marks}),
     )
     return output, partial(
         _loss,

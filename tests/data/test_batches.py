@@ -83,6 +83,14 @@ def test_each_replica_gets_what_the_contract_says(
         assert samples(mine, steps * accumulation) == expected
 
 
+def test_samples_are_numbered_by_their_place_in_the_run() -> None:
+    numbers = [
+        [batch["sample_numbers"].tolist() for batch in islice(microbatches(5, rank, 2, 2, 8, consumed=8), 3)]
+        for rank in range(2)
+    ]
+    assert numbers == [[[8, 9], [12, 13], [16, 17]], [[10, 11], [14, 15], [18, 19]]]
+
+
 @given(length=st.integers(1, 50), mbs=st.integers(1, 3), parts=st.integers(1, 4))
 def test_a_global_batch_falls_into_the_same_microbatches_for_every_dp(
     length: int, mbs: int, parts: int
@@ -134,4 +142,5 @@ def test_samples_are_stacked() -> None:
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()} == {
         "tokens": ((4, 3), torch.int64),
         "loss_mask": ((4, 3), torch.float32),
+        "sample_numbers": ((4,), torch.int64),
     }

@@ -1,9 +1,9 @@
 """What a router may need to know of a token beside its hidden state, in one integer.
 
-Megatron-Core hands a `padding_mask` [b, s] through all layers, cuts it like the tokens and recomputes with it.
-Where a router needs no more, it is such a mask, true for padding. Else each token's mark holds also its number
-in the vocabulary, and its position: its place among all tokens that a run has consumed, by which random gates
-draw, so that a layout does not change what they draw.
+Megatron-Core hands a `padding_mask` [b, s] through all layers, cuts it like the tokens and recomputes with
+it. Where a router needs no more, it is such a mask, true for padding. Else each token's mark holds also its
+number in the vocabulary, and its position: its place among all tokens that a run has consumed, by which
+random gates draw, so that a layout does not change what they draw.
 """
 
 from __future__ import annotations

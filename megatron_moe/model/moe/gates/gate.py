@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.schema.moe import MoE
+from megatron_moe.model.moe.draws import Draws
 from megatron_moe.model.moe.microbatch import Microbatch
 
 
@@ -20,14 +21,14 @@ class GateInput:
         logits: [t, e] in the precision of the router.
         microbatch: whose tokens these are.
         bias: [e] expert bias that selection adds to the scores; None: none.
-        draws: seed of this layer's random numbers.
+        draws: this layer's random numbers.
     """
 
     hidden: Tensor
     logits: Tensor
     microbatch: Microbatch
     bias: Tensor | None
-    seed: int
+    draws: Draws
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ class Gate(torch.nn.Module):
         hidden_size: h.
 
     Attributes:
-        takes_logits: whether the router computes logits for it. Else they are zeros.
+        takes_logits: whether the router has weights and computes logits. Else they are zeros.
+        needs_marks: whether it looks at tokens' numbers in the vocabulary, or draws by their positions.
     """
 
     takes_logits = True
+    needs_marks = False
 
     def __init__(self, moe: MoE, hidden_size: int) -> None:
         super().__init__()
