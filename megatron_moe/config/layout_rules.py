@@ -132,9 +132,10 @@ def weights_gathered_before_use(e: Experiment) -> Problems:
     gather, core = "parallel.overlap_param_gather", "model.megatron_core."
     gate, overlap = "moe_shared_expert_gate", "moe_shared_expert_overlap"
     further = e.model.megatron_core
-    if e.parallel.overlap_param_gather and further.get(gate) and further.get(overlap):
-        text = f"does not go with {core}{gate} and {core}{overlap} together"
-        yield Problem((gather, core + gate, core + overlap), text, "set one of the three to false")
+    is_gated = e.moe is not None and e.moe.moe_shared_expert_gate
+    if e.parallel.overlap_param_gather and is_gated and further.get(overlap):
+        text = f"does not go with moe.{gate} and {core}{overlap} together"
+        yield Problem((gather, f"moe.{gate}", core + overlap), text, "set one of the three to false")
 
 
 def batch_over_replicas(e: Experiment) -> Problems:

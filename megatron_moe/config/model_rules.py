@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe.config.defaults import divisors_of, nearest_multiples
+from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import ETP, TP, Problems, divides, set_value
 from megatron_moe.config.schema import Experiment
@@ -132,27 +133,3 @@ def biases_of_experts(e: Experiment) -> Problems:
         text = f"does not go with {ETP} and model.spec: Transformer Engine's experts would add them twice"
         yield Problem((biases, ETP, "model.spec"), text, f"set {ETP} to 1, or model.spec to native")
     yield from divides("model.hidden_size", e.model.hidden_size, ETP, etp)
-
-
-def moe_layer_list_length(e: Experiment) -> Problems:
-    """A list of MoE layers says so for each layer, and names one at least."""
-    if e.moe is None or not isinstance(e.moe.moe_layer_freq, list):
-        return
-    keys = ("moe.moe_layer_freq", "model.num_layers")
-    if len(e.moe.moe_layer_freq) != e.model.num_layers:
-        text = f"has {len(e.moe.moe_layer_freq)} entries and not one for each of the model.num_layers"
-        yield Problem(keys, text, f"give it {e.model.num_layers} entries, 1 for MoE and 0 for dense")
-    elif not any(e.moe.moe_layer_freq):
-        yield Problem(keys[:1], "names no MoE layer", "set an entry to 1, or make the model dense: moe=null")
-
-
-def moe_layers(e: Experiment) -> list[bool]:
-    """One entry a layer: whether it is MoE."""
-    if e.moe is None:
-        return [False] * e.model.num_layers
-    freq = e.moe.moe_layer_freq
-    return (
-        [bool(entry) for entry in freq]
-        if isinstance(freq, list)
-        else [i % freq == 0 for i in range(e.model.num_layers)]
-    )

@@ -21,10 +21,9 @@ def shared_expert_options(e: Experiment) -> Problems:
     if e.moe is None:
         return
     fields = e.model.megatron_core
-    for name in ("moe_shared_expert_gate", "moe_shared_expert_overlap"):
-        if fields.get(name) and e.moe.moe_shared_expert_intermediate_size is None:
-            key = _PREFIX + name
-            yield Problem((key, _SHARED), f"has no effect without {_SHARED}", "set that, or leave this out")
+    if fields.get("moe_shared_expert_overlap") and e.moe.moe_shared_expert_intermediate_size is None:
+        key = f"{_PREFIX}moe_shared_expert_overlap"
+        yield Problem((key, _SHARED), f"has no effect without {_SHARED}", "set that, or leave this out")
     dispatcher = "moe.moe_token_dispatcher_type"
     if fields.get("moe_shared_expert_overlap") and e.moe.moe_token_dispatcher_type != "alltoall":
         key = f"{_PREFIX}moe_shared_expert_overlap"

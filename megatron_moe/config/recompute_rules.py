@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_moe.config.defaults import divisors_of
 from megatron_moe.config.layout_string import layers_per_stage
+from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import PP, Problems, set_value
 from megatron_moe.config.schema import Experiment
@@ -84,9 +85,7 @@ def _lacking(e: Experiment, module: str) -> str | None:
         return None if module == "mlp" else "moe"
     if module == "shared_experts" and e.moe.moe_shared_expert_intermediate_size is None:
         return "moe.moe_shared_expert_intermediate_size"
-    kinds = e.moe.moe_layer_freq
-    only_experts = all(kinds) if isinstance(kinds, list) else kinds == 1
-    return "moe.moe_layer_freq" if module == "mlp" and only_experts else None
+    return "moe.moe_layer_freq" if module == "mlp" and all(moe_layers(e)) else None
 
 
 def modules_can_be_recomputed(e: Experiment) -> Problems:

@@ -12,6 +12,7 @@ from megatron_moe.config import (
     recompute_rules,
     run_rules,
     sink_rules,
+    structure_rules,
     tokenizer_rules,
 )
 from megatron_moe.config.megatron_core_rules import megatron_core_fields
@@ -41,7 +42,10 @@ RULES: list[Rule] = [
     model_rules.expert_ffn_over_etp,
     model_rules.shared_experts_over_tp,
     model_rules.biases_of_experts,
-    model_rules.moe_layer_list_length,
+    structure_rules.moe_layer_list_length,
+    structure_rules.first_dense_layers,
+    structure_rules.shared_expert_gate_has_experts,
+    structure_rules.experts_of_transformer_engine,
     option_rules.shared_expert_options,
     option_rules.expert_bias_needs_sigmoid,
     option_rules.groups_of_experts,

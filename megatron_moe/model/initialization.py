@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.plan.stages import Stage
 
 RESIDUAL = re.compile(r"\.(linear_proj|linear_fc2)(\.weight\d*)?$")
@@ -35,7 +36,8 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
     """Draw every weight of `chunk` in place: normal(0, std); norms 1; biases 0.
 
     std is `model.init_method_std`, over sqrt(2 num_layers) for projections into the residual stream, and for
-    the embeddings `model.megatron_core.embedding_init_method_std` where it is given.
+    the embeddings `model.megatron_core.embedding_init_method_std` where it is given. Routed experts and
+    routers have it times `moe.moe_expert_init_scale` and `moe.moe_router_init_scale`.
 
     Args:
         chunk: a GPTModel whose layers are those of `stage`.
@@ -49,16 +51,33 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
             parameter.fill_(1.0)
             continue
         name = _global_name(name, stage, not model.untie_embeddings_and_output_weights)
-        std = model.init_method_std / (math.sqrt(2 * model.num_layers) if RESIDUAL.search(name) else 1.0)
-        if name.startswith("embedding."):
-            std = model.megatron_core.get("embedding_init_method_std") or std
+        std = _standard_deviation(name, experiment)
         # Gate and up-projection lie one behind the other, and each is cut.
-        blocks = 2 if "linear_fc1" in name and model.activation in ("swiglu", "geglu") else 1
+        blocks = 2 if "linear_fc1" in name and ACTIVATIONS[_activation(name, experiment)][1] else 1
         for piece, piece_name in _pieces(name, parameter, experiment):
             full_shape, part = _part_of_this_rank(name, parameter, piece.shape, blocks)
             generator = torch.Generator().manual_seed(_seed(experiment.training.seed, piece_name))
             full = torch.empty(full_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
             piece.copy_(part(full))
+
+
+def _standard_deviation(name: str, experiment: Experiment) -> float:
+    model, moe = experiment.model, experiment.moe
+    std = model.init_method_std / (math.sqrt(2 * model.num_layers) if RESIDUAL.search(name) else 1.0)
+    if name.startswith("embedding."):
+        return float(model.megatron_core.get("embedding_init_method_std") or std)
+    if moe is not None and EXPERTS.match(name):
+        return std * moe.moe_expert_init_scale
+    if moe is not None and name.endswith(".router.weight"):
+        return std * moe.moe_router_init_scale
+    return std
+
+
+def _activation(name: str, experiment: Experiment) -> str:
+    if experiment.moe is None or not EXPERTS.match(name):
+        return experiment.model.activation
+    assert experiment.moe.moe_expert_activation is not None
+    return experiment.moe.moe_expert_activation
 
 
 def _global_name(name: str, stage: Stage, tied: bool) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_moe.config.device_needs import needs_of
 from megatron_moe.config.errors import InputError
+from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.plan.plan import Plan
@@ -103,13 +104,14 @@ def _moe_fields(experiment: Experiment) -> dict[str, Any]:
         "num_moe_experts": moe.num_moe_experts,
         "moe_router_topk": moe.moe_router_topk,
         "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
-        "moe_layer_freq": moe.moe_layer_freq,
+        "moe_layer_freq": [int(has_experts) for has_experts in moe_layers(experiment)],
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         # What the router does is ours; Megatron-Core's own does nothing of it a second time.
         "moe_router_load_balancing_type": "none",
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_shared_expert_gate": moe.moe_shared_expert_gate,
-        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        # All others are ours.
+        "moe_token_dispatcher_type": "flex" if moe.moe_token_dispatcher_type == "flex" else "alltoall",
     }
 
 

@@ -188,13 +188,14 @@ def _attention(experiment: Experiment) -> list[Weights]:
     return weights
 
 
-def _first_width(experiment: Experiment, inner_width: int) -> int:
+def _first_width(activation: str, inner_width: int) -> int:
     """Columns of the first matrix: a gated activation has two halves."""
-    return 2 * inner_width if experiment.model.activation in ("swiglu", "geglu") else inner_width
+    return 2 * inner_width if activation in ("swiglu", "geglu") else inner_width
 
 
 def _feed_forward(experiment: Experiment, inner_width: int) -> list[Weights]:
-    hidden_size, first_width = experiment.model.hidden_size, _first_width(experiment, inner_width)
+    hidden_size = experiment.model.hidden_size
+    first_width = _first_width(experiment.model.activation, inner_width)
     weights = [_matrix(hidden_size * first_width), _matrix(inner_width * hidden_size)]
     if _option(experiment, "add_bias_linear"):
         weights += [_vector(first_width, split="tensor"), _vector(hidden_size)]
@@ -204,8 +205,9 @@ def _feed_forward(experiment: Experiment, inner_width: int) -> list[Weights]:
 def _mixture(experiment: Experiment) -> list[Weights]:
     """Router, experts and shared experts of one layer."""
     moe, hidden_size = experiment.moe, experiment.model.hidden_size
-    assert moe is not None and moe.moe_ffn_hidden_size is not None
-    inner_width, first_width = moe.moe_ffn_hidden_size, _first_width(experiment, moe.moe_ffn_hidden_size)
+    assert moe is not None and moe.moe_ffn_hidden_size is not None and moe.moe_expert_activation is not None
+    inner_width = moe.moe_ffn_hidden_size
+    first_width = _first_width(moe.moe_expert_activation, inner_width)
     matrices, biases = hidden_size * (first_width + inner_width), 0
     weights = [_matrix(hidden_size * moe.num_moe_experts, split="no")]
     if _option(experiment, "add_bias_linear"):
@@ -221,6 +223,6 @@ def _mixture(experiment: Experiment) -> list[Weights]:
     )
     if moe.moe_shared_expert_intermediate_size is not None:
         weights += _feed_forward(experiment, moe.moe_shared_expert_intermediate_size)
-        if _option(experiment, "moe_shared_expert_gate"):
+        if moe.moe_shared_expert_gate:
             weights.append(_matrix(hidden_size, split="no"))
     return weights

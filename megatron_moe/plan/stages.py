@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe.config.layout_string import layers_per_stage
+from megatron_moe.config.moe_layers import moe_layers as kinds
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.layout import Layout
 
@@ -32,14 +33,7 @@ class Stage:
 
 def moe_layers(experiment: Experiment) -> tuple[int, ...]:
     """Numbers of the layers that hold experts; empty for a dense model."""
-    if experiment.moe is None:
-        return ()
-    frequency = experiment.moe.moe_layer_freq
-    layers = range(experiment.model.num_layers)
-    if isinstance(frequency, int):
-        return tuple(layer for layer in layers if layer % frequency == 0)
-    assert len(frequency) == len(layers)
-    return tuple(layer for layer in layers if frequency[layer])
+    return tuple(layer for layer, has_experts in enumerate(kinds(experiment)) if has_experts)
 
 
 def stages_of(experiment: Experiment) -> tuple[Stage, ...]:

@@ -11,6 +11,7 @@ from experiment_files import DENSE, MOE, problems
 from optimizer_rule_cases import OPTIMIZER_CASES
 from recompute_rule_cases import RECOMPUTE_CASES
 from sink_rule_cases import SINK_CASES
+from structure_rule_cases import STRUCTURE_CASES
 from tokenizer_rule_cases import TOKENIZER_CASES
 
 from megatron_moe.config.rules import RULES
@@ -122,14 +123,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{CP}=2"],
         TP,
         "is more than 1,000,000 ranks",
-    ),
-    (
-        "shared_expert_options",
-        MOE,
-        [f"{M}moe_shared_expert_gate=true"],
-        ["moe.moe_shared_expert_intermediate_size=32"],
-        f"{M}moe_shared_expert_gate",
-        "has no effect without moe.moe_shared_expert_intermediate_size",
     ),
     (
         "shared_expert_options",
@@ -254,22 +247,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         ["moe.moe_router_pre_softmax=true"],
         "moe.moe_router_topk",
         "1 expert a token gives the router no gradient",
-    ),
-    (
-        "moe_layer_list_length",
-        MOE,
-        ["moe.moe_layer_freq=[1, 0]"],
-        ["moe.moe_layer_freq=[1, 0, 1, 0]"],
-        "moe.moe_layer_freq",
-        "has 2 entries",
-    ),
-    (
-        "moe_layer_list_length",
-        MOE,
-        ["moe.moe_layer_freq=[0, 0, 0, 0]"],
-        ["moe=null"],
-        "moe.moe_layer_freq",
-        "names no MoE layer",
     ),
     ("moe_with_tp_needs_sp", MOE, [f"{TP}=2", f"{SP}=false"], [f"{SP}=true"], SP, "does not go with experts"),
     ("sp_needs_tp", DENSE, [f"{SP}=true"], [f"{SP}=false"], SP, "true needs"),
@@ -464,6 +441,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *DEVICE_CASES,
     *RECOMPUTE_CASES,
     *SINK_CASES,
+    *STRUCTURE_CASES,
 ]
 
 

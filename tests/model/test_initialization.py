@@ -16,7 +16,11 @@ from experiments import MOE, experiment, layout
 from megatron_moe.model.initialization import initialize
 from megatron_moe.plan import plan as plans
 
-SHARED = MOE | {"moe_shared_expert_intermediate_size": 40, "moe_layer_freq": 2}
+SHARED = MOE | {
+    "moe_shared_expert_intermediate_size": 40,
+    "moe_shared_expert_gate": True,
+    "moe_layer_freq": 2,
+}
 TIED = {"model": {"untie_embeddings_and_output_weights": False}}
 BIASED: dict[str, Any] = {
     "model": {
@@ -37,6 +41,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": {"activation": "gelu"}},
     ),
     "TP2 shared": (layout(tp=2), {"moe": SHARED}),
+    "EDP, other experts than dense layers": (
+        layout(tp=2),
+        {"moe": MOE | {"moe_expert_activation": "relu", "moe_first_k_dense_layers": 1}},
+    ),
+    "ETP2, gated experts beside gelu": (
+        layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2),
+        {"model": {"activation": "gelu"}, "moe": MOE | {"moe_expert_activation": "swiglu"}},
+    ),
     "TP2 biases": (layout(tp=2), BIASED),
     "ETP2 biases": (
         layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2),
@@ -92,6 +104,18 @@ def test_spread_of_each_kind() -> None:
             assert abs(float(weight.mean())) < std / 10, name
             checked += 1
     assert checked >= 9
+
+
+def test_scales_of_experts_and_routers() -> None:
+    plain = ours(moe=SHARED)
+    scaled = ours(moe=SHARED | {"moe_expert_init_scale": 3.0, "moe_router_init_scale": 0.1})
+    factors = {".experts.linear_fc": 3.0, ".router.weight": 0.1}
+    seen = set()
+    for name, weight in plain.items():
+        part = next((part for part in factors if part in name), None)
+        torch.testing.assert_close(scaled[name], weight * factors.get(part or "", 1.0), msg=name)
+        seen.add(part)
+    assert seen == {*factors, None}
 
 
 def test_norms_are_one_and_biases_zero() -> None:

@@ -53,8 +53,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         | {"moe_token_dispatcher_type": "allgather", "moe_router_topk": 1, "moe_router_pre_softmax": True},
     },
     "dropping the improbable": {
-        "moe": MOE | {"moe_expert_capacity_factor": 0.8, "moe_shared_expert_intermediate_size": 40},
-        "model": {"activation": "geglu", **mcore(moe_shared_expert_gate=True)},
+        "moe": MOE
+        | {
+            "moe_expert_capacity_factor": 0.8,
+            "moe_shared_expert_intermediate_size": 40,
+            "moe_shared_expert_gate": True,
+        },
+        "model": {"activation": "geglu"},
     },
     "dropping the last": {
         "moe": MOE

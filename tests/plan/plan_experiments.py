@@ -35,4 +35,6 @@ def filled(**sections: dict[str, Any] | None) -> Experiment:
     }
     for section, keys in sections.items():
         document[section] = None if keys is None else {**(document.get(section) or {}), **keys}
+    if document["moe"] is not None:
+        document["moe"].setdefault("moe_expert_activation", document["model"].get("activation", "swiglu"))
     return Experiment.model_validate(document)

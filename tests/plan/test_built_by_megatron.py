@@ -92,9 +92,12 @@ MODEL_CASES: dict[str, Experiment] = {
     "ETP, every other layer MoE, gated shared expert, tied embeddings on one stage": filled(
         model={
             "untie_embeddings_and_output_weights": False,
-            "megatron_core": {"moe_shared_expert_gate": True},
         },
-        moe={"moe_layer_freq": 2, "moe_shared_expert_intermediate_size": 32},
+        moe={
+            "moe_layer_freq": 2,
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_shared_expert_gate": True,
+        },
         parallel={
             "tensor_model_parallel_size": 2,
             "data_parallel_size": 2,
@@ -116,6 +119,7 @@ def model_keywords(experiment: Experiment) -> dict[str, Any]:
     if moe is not None:
         config.update(moe.model_dump(include={"num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq"}))
         config["moe_shared_expert_intermediate_size"] = moe.moe_shared_expert_intermediate_size
+        config["moe_shared_expert_gate"] = moe.moe_shared_expert_gate
     if len(sizes) > 1:
         stages = [["decoder"] * size for size in sizes]
         config["pipeline_model_parallel_layout"] = [

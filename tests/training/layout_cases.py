@@ -49,6 +49,28 @@ LAYOUTS: dict[str, Sections] = {
         "parallel": layout(tp=2),
         "moe": {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "allgather"},
     },
+    "EDP gated shared experts, relu experts, a dense layer first": {
+        "parallel": layout(tp=2),
+        "moe": {
+            **MOE,
+            "moe_shared_expert_intermediate_size": 32,
+            "moe_shared_expert_gate": True,
+            "moe_expert_activation": "relu",
+            "moe_first_k_dense_layers": 1,
+        },
+    },
+    "PP2 fine-grained experts of other scale, first stage dense": {
+        "parallel": layout(pp=2),
+        "moe": {
+            **MOE,
+            "num_moe_experts": 16,
+            "moe_router_topk": 4,
+            "moe_ffn_hidden_size": 16,
+            "moe_expert_init_scale": 2.0,
+            "moe_router_init_scale": 0.5,
+            "moe_first_k_dense_layers": 2,
+        },
+    },
     "EDP biases, both kinds of layers": {
         "parallel": layout(tp=2),
         "model": BIASES,

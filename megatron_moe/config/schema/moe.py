@@ -10,6 +10,7 @@ from megatron_moe.config.schema.section import (
     ExpertCount,
     Fraction,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -85,12 +86,15 @@ class MoE(Section):
     """Inner width of one expert. Default: model.ffn_hidden_size."""
     moe_layer_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] = 1
     """n: every n-th layer is MoE, the first one included. A list of 0 and 1: one entry a layer, 1 is MoE."""
+    moe_first_k_dense_layers: NonNegativeInt = 0
+    """The first k layers are dense, whatever moe_layer_freq says of them (DeepSeek-V3: 3). Not beside a
+    list."""
     moe_expert_activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] | None = None
     """Activation inside the routed experts. Default: model.activation."""
     moe_expert_dropout: Fraction = 0.0
     """Dropout inside the experts, behind the activation (Switch Transformer: 0.4 when finetuning)."""
     moe_expert_init_scale: PositiveFloat = 1.0
-    """The initial standard deviation of the experts' weights, times that of other layers."""
+    """The initial standard deviation of the routed experts' weights, times that of other layers."""
     moe_shared_expert_intermediate_size: PositiveInt | None = None
     """Inner width of the shared experts together, which every token passes. Default: none."""
     moe_shared_expert_gate: bool = False
