@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import groups
-from megatron_moe.model.moe.attached import set_scale
 from megatron_moe.model.moe.groups import of_megatron
 from megatron_moe.model.moe.router import Router
 from megatron_moe.plan import plan as plans
@@ -45,7 +44,6 @@ def route(
         whole_mask: give the mask of all tensor-parallel ranks, as later pipeline stages get it.
     """
     router = build(experiment)
-    set_scale(1.0)
     places = torch.arange(len(hidden))
     cp, tp = router.groups.context, router.groups.tensor
     if cp.size() > 1:

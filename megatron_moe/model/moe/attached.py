@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def attach(activation: Tensor, loss: Tensor) -> Tensor:
-    """`activation`, which brings the gradient of `loss` with it.
-
-    Under Megatron-Core's schedule the gradient has the scale of the language-model loss: over the number of
-    microbatches, and what a loss scaler multiplies by. Elsewhere it is that of `loss` itself.
-    """
-    if loss.requires_grad:
-        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-        scaler: Any = MoEAuxLossAutoScaler
-        return scaler.apply(activation, loss)
-    return activation
+Scale = Callable[[], float | Tensor]
+"""Asked in the backward pass: what the gradients of attached losses are multiplied by, as that of the main loss
+is."""
 
 
-def set_scale(scale: float | Tensor) -> None:
-    """The scale of all attached losses from now on; programs of one's own that scale their loss call it."""
+def unscaled() -> float:
+    """For a program that does not scale its loss."""
+    return 1.0
+
+
+def megatron_scale() -> float | Tensor:
+    """The scale that Megatron-Core's schedule sets for each microbatch: what a loss scaler multiplies by, over
+    the number of microbatches."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    MoEAuxLossAutoScaler.set_loss_scale(torch.as_tensor(scale))
+    scale: Tensor | None = MoEAuxLossAutoScaler.main_loss_backward_scale
+    return 1.0 if scale is None else scale
+
+
+def attach(activation: Tensor, loss: Tensor, scale: Scale = unscaled) -> Tensor:
+    """`activation`, whose backward pass adds the gradient of `scale` times `loss` []."""
+    if not loss.requires_grad:
+        return activation
+    attached: Tensor = _Attached.apply(activation, loss, scale)
+    return attached
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor, scale: Scale) -> Tensor:
+        ctx.scale, ctx.dtype, ctx.device = scale, loss.dtype, loss.device
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        scale = torch.as_tensor(ctx.scale(), dtype=ctx.dtype, device=ctx.device)
+        return grads[0], scale.reshape(()), None

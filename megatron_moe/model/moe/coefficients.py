@@ -2,37 +2,104 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 
 from megatron_moe.config.schema.moe import AdaptiveCoefficient, ScheduledCoefficient
+from megatron_moe.model.moe.exact_buffers import ExactBuffers
+
+Setting = float | AdaptiveCoefficient | ScheduledCoefficient
 
 
-class Coefficient(torch.nn.Module):
-    """A constant; the others derive from it. Their state is saved with the checkpoint.
+class Coefficient(ExactBuffers):
+    """A constant; the others derive from it. Their buffers are saved with the checkpoint.
 
     Args:
-        value: the constant.
+        setting: the constant.
     """
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, setting: float) -> None:
         super().__init__()
-        self.constant = value
+        self.constant = setting
 
     @property
-    def value(self) -> float:
-        """The coefficient of the current iteration."""
+    def value(self) -> float | Tensor:
+        """The coefficient of the current iteration: a number where it never changes, else [] float64."""
         return self.constant
 
-    def end_iteration(self, drop_rate: float) -> None:
+    @property
+    def is_off(self) -> bool:
+        """Whether it is 0 for ever."""
+        return not isinstance(self.value, Tensor) and self.value == 0
+
+    def forward(self, loss: Tensor) -> Tensor:
+        """The loss times the coefficient, in the loss's own precision."""
+        value = self.value
+        return loss * (value.to(loss.dtype) if isinstance(value, Tensor) else value)
+
+    def end_iteration(self, drop_rate: float | None) -> None:
         """Go on to the next iteration.
 
         Args:
-            drop_rate: of this layer, over the global batch.
+            drop_rate: of this layer over the global batch; None where it routed no token.
         """
 
 
-def coefficient(setting: float | AdaptiveCoefficient | ScheduledCoefficient) -> Coefficient:
+class Adaptive(Coefficient):
+    """alpha <- beta * alpha + (1 - beta) * min(xi * d, maximum), d the drop rate (Skywork-MoE, eqs. 7 to 9).
+
+    Buffers:
+        alpha: [1] float64.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, setting: AdaptiveCoefficient) -> None:
+        super().__init__(setting.initial)
+        self.setting = setting
+        self.register_buffer("alpha", torch.tensor([setting.initial], dtype=torch.float64))
+
+    @property
+    def value(self) -> Tensor:
+        return self.alpha[0]
+
+    def end_iteration(self, drop_rate: float | None) -> None:
+        if drop_rate is not None:
+            beta, target = self.setting.beta, min(self.setting.xi * drop_rate, self.setting.maximum)
+            self.alpha.mul_(beta).add_((1 - beta) * target)
+
+
+class Scheduled(Coefficient):
+    """From `start` before the first iteration to `end` after `iterations`, then `end`.
+
+    Buffers:
+        done: [1] int64, iterations.
+    """
+
+    done: Tensor
+
+    def __init__(self, setting: ScheduledCoefficient) -> None:
+        super().__init__(setting.start)
+        self.setting = setting
+        self.register_buffer("done", torch.zeros(1, dtype=torch.int64))
+
+    @property
+    def value(self) -> Tensor:
+        setting = self.setting
+        way = (self.done[0].double() / setting.iterations).clamp(max=1)
+        if setting.style == "cosine":
+            way = (1 - torch.cos(math.pi * way)) / 2
+        # Both ends are met exactly.
+        return setting.start * (1 - way) + setting.end * way
+
+    def end_iteration(self, drop_rate: float | None) -> None:
+        self.done.add_(1)
+
+
+def coefficient(setting: Setting) -> Coefficient:
     """The coefficient that a setting describes."""
-    if isinstance(setting, AdaptiveCoefficient | ScheduledCoefficient):
-        raise NotImplementedError
-    return Coefficient(setting)
+    if isinstance(setting, AdaptiveCoefficient):
+        return Adaptive(setting)
+    return Scheduled(setting) if isinstance(setting, ScheduledCoefficient) else Coefficient(setting)

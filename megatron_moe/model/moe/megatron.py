@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.engine.versions import build
+from megatron_moe.model.moe.attached import megatron_scale
 from megatron_moe.model.moe.dispatch import dispatcher
 from megatron_moe.model.moe.experts import Experts, ExpertSettings
 from megatron_moe.model.moe.filled import filled
@@ -75,7 +76,9 @@ def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer
             moe_layer.BaseMoELayer.__init__(self, config, pg_collection=groups)
             self.router = Router(moe, config.hidden_size, **_router_arguments(config, groups, seed))
             _mark(self.router, config)
-            self.token_dispatcher: Any = dispatcher(moe, self.router.groups)
+            self.token_dispatcher: Any = dispatcher(
+                moe, self.router.groups, config.hidden_size, config.params_dtype
+            )
             self.experts = build(submodules.experts, self.num_local_experts, config, pg_collection=groups)
             if self.use_shared_expert:
                 self.shared_experts = build(
@@ -103,10 +106,13 @@ def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer
 
         def _forward(self, hidden: Tensor, marks: Tensor | None) -> Tensor:
             routing = self.router(hidden, marks)
-            shared = (lambda: self._shared(hidden)) if self.use_shared_expert else None
-            tokens = hidden.reshape(-1, hidden.size(-1))
+            tokens, shared = hidden.reshape(-1, hidden.size(-1)), lambda: self._shared(hidden)
+            meanwhile = shared if moe.moe_shared_expert_overlap else None
             experts = filled(self.experts, routing.capacity)
-            return self.token_dispatcher(tokens, routing, experts, shared).view_as(hidden)
+            output = self.token_dispatcher(tokens, routing, experts, meanwhile)
+            if self.use_shared_expert and meanwhile is None:
+                output = output + shared()
+            return output.view_as(hidden)
 
         def _shared(self, hidden: Tensor) -> Tensor:
             if self.shared_experts_recompute and self.training:
@@ -128,6 +134,8 @@ def _router_arguments(config: Any, pg_collection: Any, seed: int) -> dict[str, A
 
 
 def _mark(router: Router, config: Any) -> None:
-    """Each tensor-parallel rank routes other tokens, so that gradients are summed over them."""
+    """Each tensor-parallel rank routes other tokens, so that gradients are summed over them. Losses are scaled
+    as the schedule scales the main one."""
+    router.loss_scale = megatron_scale
     for parameter in router.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
