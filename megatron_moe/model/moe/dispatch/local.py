@@ -28,8 +28,19 @@ class Local:
         experts: Experts,
         meanwhile: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        permutation = sort_by_expert(routing.experts, routing.kept, self.num_experts)
-        weights = routing.weights.reshape(-1).index_select(0, permutation.assignments)
-        outputs, _ = experts(to_experts(tokens, permutation), permutation.counts, weights)
-        combined = to_tokens(outputs, permutation)
+        combined = by_local_experts(tokens, routing, experts, self.num_experts)
         return combined if meanwhile is None else combined + meanwhile()
+
+
+def by_local_experts(tokens: Tensor, routing: Routing, experts: Experts, num_experts: int) -> Tensor:
+    """[t, h]: the sum of what the experts of this rank make of each token; zeros where none gets it.
+
+    Args:
+        tokens: [t, h].
+        routing: of these tokens, experts counted from 0 on this rank.
+        num_experts: of this rank.
+    """
+    permutation = sort_by_expert(routing.experts, routing.kept, num_experts)
+    weights = routing.weights.reshape(-1).index_select(0, permutation.assignments)
+    outputs, _ = experts(to_experts(tokens, permutation), permutation.counts, weights)
+    return to_tokens(outputs, permutation)

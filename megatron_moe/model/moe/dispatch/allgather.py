@@ -1,0 +1,45 @@
+"""All tokens go to all ranks, and the sums of what their experts made of them come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from megatron_moe.model.moe.dispatch import labels
+from megatron_moe.model.moe.dispatch.dispatcher import Experts
+from megatron_moe.model.moe.dispatch.gathering import Gathering, scatter_sum
+from megatron_moe.model.moe.dispatch.local import by_local_experts
+from megatron_moe.model.moe.dispatch.seats import experts_here, routing_here
+from megatron_moe.model.moe.groups import MoEGroups
+from megatron_moe.model.moe.routing import Routing
+
+
+class AllGather:
+    """A `Dispatcher` whose traffic does not depend on k, and that asks the host for nothing.
+
+    Each rank of the group sends its tokens to all others, and computes what its experts, or its parts of
+    them, get. All ranks must have equally many tokens.
+
+    Args:
+        num_experts: e.
+        groups: `expert_ranks` has more than one rank.
+    """
+
+    def __init__(self, num_experts: int, groups: MoEGroups) -> None:
+        self.here = experts_here(num_experts, groups)
+        self.group = groups.expert_ranks
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        routing: Routing,
+        experts: Experts,
+        meanwhile: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        under_way = Gathering(tokens, self.group), Gathering(labels.write(routing), self.group)
+        beside = None if meanwhile is None else meanwhile()
+        everything, read = under_way[0].wait(), labels.read(under_way[1].wait())
+        outputs = by_local_experts(everything, routing_here(read, self.here), experts, len(self.here))
+        combined = scatter_sum(outputs, self.group)
+        return combined if beside is None else combined + beside

@@ -1,0 +1,138 @@
+"""Collectives of equal parts that run while something else is computed, with their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe.model.moe.groups import size
+
+
+class Gathering:
+    """Rows of all ranks on their way; the gradient's way back is a reduce-scatter.
+
+    As in `exchange`, it is launched where autograd passes `wait` and waited for where it passes the launch.
+
+    Args:
+        rows: [t, ..], on every rank equally many.
+        group: the process group.
+    """
+
+    def __init__(self, rows: Tensor, group: Any) -> None:
+        self._flight = _Flight(group)
+        self._thread = _Start.apply(rows, self._flight)
+
+    def wait(self) -> Tensor:
+        """[ranks * t, ..], those of rank 0 first. To be called once."""
+        rows: Tensor = _Wait.apply(self._thread, self._flight)
+        return rows
+
+
+def scatter_sum(rows: Tensor, group: Any) -> Tensor:
+    """[ranks * t, ..] -> [t, ..]: what all ranks have for this one, added up."""
+    result: Tensor = _ScatterSum.apply(rows, group)
+    return result
+
+
+def all_sum(rows: Tensor, group: Any) -> Tensor:
+    """Rows added up over ranks that go on with the same sum: each takes the gradient as its own."""
+    result: Tensor = _AllSum.apply(rows, group)
+    return result
+
+
+def all_have(rows: Tensor, group: Any) -> Tensor:
+    """Rows that all ranks have, and of which each computes a part: their gradients are added up."""
+    result: Tensor = _AllHave.apply(rows, group)
+    return result
+
+
+class _Flight:
+    """The transfer under way, in one direction or the other."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.transfer: Any = None
+
+    def gather(self, rows: Tensor) -> None:
+        rows = rows.contiguous()
+        gathered = rows.new_empty(size(self.group) * len(rows), *rows.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, rows, group=self.group, async_op=True)
+        self.transfer = work, rows, gathered
+
+    def scatter(self, rows: Tensor) -> None:
+        rows = rows.contiguous()
+        mine = rows.new_empty(len(rows) // size(self.group), *rows.shape[1:])
+        work = dist.reduce_scatter_tensor(mine, rows, group=self.group, async_op=True)
+        self.transfer = work, rows, mine
+
+    def land(self) -> Tensor:
+        (work, _, result), self.transfer = self.transfer, None
+        work.wait()
+        return result
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.gather(rows)
+        return rows.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.land(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.land()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.scatter(grads[0])
+        return grads[0].new_empty(0), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        flight = _Flight(group)
+        flight.scatter(rows)
+        return flight.land()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        flight = _Flight(ctx.group)
+        flight.gather(grads[0])
+        return flight.land(), None
+
+
+class _AllSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(rows, group=group)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _AllHave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
