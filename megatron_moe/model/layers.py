@@ -8,6 +8,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.versions import moe_submodules
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.norms import Norm
+from megatron_moe.plan.journeys import taken_by
 from megatron_moe.plan.stages import Stage
 
 
@@ -77,7 +78,9 @@ def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> 
     submodules = moe_submodules(parts.mlp)
     if experiment.model.spec == "native":
         submodules.experts = experts_class(experiment.moe)
-    if config.expert_model_parallel_size * config.expert_tensor_parallel_size > 1:
+    if experiment.moe.moe_token_dispatcher_type == "flex":
+        # The library's kernels are called by Megatron-Core's own layer.
         submodules.router = router_class(experiment.moe, seed)
     else:
-        parts.mlp = layer_class(experiment.moe, seed, submodules)
+        settings = experiment.moe.model_copy(update={"moe_token_dispatcher_type": taken_by(experiment)})
+        parts.mlp = layer_class(settings, seed, submodules)

@@ -107,7 +107,7 @@ def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer
         def _forward(self, hidden: Tensor, marks: Tensor | None) -> Tensor:
             routing = self.router(hidden, marks)
             tokens, shared = hidden.reshape(-1, hidden.size(-1)), lambda: self._shared(hidden)
-            meanwhile = shared if moe.moe_shared_expert_overlap else None
+            meanwhile = shared if self.use_shared_expert and moe.moe_shared_expert_overlap else None
             experts = filled(self.experts, routing.capacity)
             output = self.token_dispatcher(tokens, routing, experts, meanwhile)
             if self.use_shared_expert and meanwhile is None:
