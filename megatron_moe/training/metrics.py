@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.config.capacity_factor import limit
 from megatron_moe.config.errors import RunError
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.schedule import share_of_reports
-from megatron_moe.model.moe.capacity import limit
+from megatron_moe.training.balance_metrics import BalanceSums, local_balance, split_balance
 from megatron_moe.training.moe_sums import MoESums, local_drops, local_sums, split
 
 
@@ -26,13 +27,14 @@ class StepSums:
         loss: sum of the language-model losses of all target tokens of the global batch.
         targets: number of those tokens.
         stop_requested: whether any rank was asked to stop.
-        moe: None for a dense model.
+        moe: None for a dense model; the same for balance.
     """
 
     loss: float
     targets: float
     stop_requested: bool
     moe: MoESums | None
+    balance: BalanceSums | None
 
 
 def reduce_step(
@@ -55,16 +57,18 @@ def reduce_step(
     local = None
     if experiment.moe is not None:
         local = local_sums(experiment, chunks, device)
-        parts.append(local.total.flatten())
+        parts += [local.total.flatten(), local_balance(experiment, chunks, device).flatten()]
     total = torch.cat(parts)
     dist.all_reduce(total)
     total = total.cpu()
-    moe = None
+    moe = balance = None
     if local is not None and experiment.moe is not None:
-        moe = split(total[3:].view(local.total.shape), experiment.moe.num_moe_experts)
+        layers, size = experiment.model.num_layers, local.total.numel()
+        moe = split(total[3 : 3 + size].view(layers, -1), experiment.moe.num_moe_experts)
+        balance = split_balance(total[3 + size :].view(layers, -1))
         if bool(moe.column("not_finite").any()):
             raise RunError(_not_finite(local.not_finite))
-    return StepSums(float(total[0]), float(total[1]), float(total[2]) > 0, moe)
+    return StepSums(float(total[0]), float(total[1]), float(total[2]) > 0, moe, balance)
 
 
 def _not_finite(of_rank: Tensor) -> str:
@@ -98,7 +102,6 @@ MOE_METRICS: dict[str, Callable[[MoESums, Experiment], float]] = {
 LAYER_METRICS: dict[str, Callable[[MoESums, Experiment], list[float]]] = {
     "moe/per_layer/drop_rate": lambda sums, _: _quotients(sums, "dropped", "assigned"),
     "moe/per_layer/would_drop_rate": lambda sums, _: _quotients(sums, "would_drop", "assigned"),
-    "moe/per_layer/aux_loss_coeff": lambda sums, experiment: [_aux_loss_coeff(experiment)] * len(sums.load),
     "moe/per_layer/load_max_over_mean": lambda sums, _: _load_max_over_mean(sums),
     "moe/per_layer/dead_experts": lambda sums, _: (sums.load == 0).sum(1).tolist(),
     "moe/per_layer/router_entropy": lambda sums, _: _quotients(sums, "entropy", "tokens"),
@@ -135,13 +138,6 @@ def drops_of_evaluation(
     dist.all_reduce(total)
     assigned, dropped = total.cpu()
     return {"eval/drop_rate": _ratio(dropped, assigned)}
-
-
-def _aux_loss_coeff(experiment: Experiment) -> float:
-    assert experiment.moe is not None
-    return (
-        0.0 if experiment.moe.moe_router_load_balancing_type == "none" else experiment.moe.moe_aux_loss_coeff
-    )
 
 
 def _load_max_over_mean(sums: MoESums) -> list[float]:

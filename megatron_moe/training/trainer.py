@@ -23,6 +23,8 @@ from megatron_moe.engine.optimizer import learning_rates
 from megatron_moe.model.moe.gates import needs_marks
 from megatron_moe.plan.batch_ramp import global_batch_size
 from megatron_moe.plan.plan import Plan
+from megatron_moe.training import router_updates
+from megatron_moe.training.balance_metrics import balance_metrics
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
 from megatron_moe.training.metrics import drops_of_evaluation, moe_metrics, reduce_step
@@ -93,6 +95,8 @@ class Trainer:
             self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
         )
         updated, grad_norm = schedule.update(self.optimizer, self.chunks)
+        if updated and sums.moe is not None:
+            router_updates.end_iteration(self.experiment, self.chunks, sums.moe)
         self.stopped = sums.stop_requested
         self.iteration += 1
         self.consumed_samples += sequences
@@ -118,9 +122,11 @@ class Trainer:
             record["epoch"] = self.consumed_samples / len(self.datasets.train)
         if not updated:
             record["skipped"] = "the gradient norm is not finite"
-        if sums.moe is not None:
+        if sums.moe is not None and sums.balance is not None:
             detailed = self.iteration % self.experiment.logging.detail_interval == 0
             record |= moe_metrics(sums.moe, self.experiment, detailed)
+            microbatches = sums.moe.column("microbatches")
+            record |= balance_metrics(sums.balance, microbatches, self.experiment, detailed)
         return record
 
     def evaluate(self, dataset: Samples, iterations: int) -> Record:
@@ -176,6 +182,8 @@ class Trainer:
         if self.experiment.training.calculate_per_token_loss:
             mean_targets = schedule.mean_targets(this_step)
             this_step = [{**batch, "mean_targets": mean_targets} for batch in this_step]
+        if self.chunks[0].training:
+            router_updates.begin_iteration(self.experiment, self.chunks, this_step)
         return [iter(this_step) for _ in self.chunks]
 
     def shapes(self, sequences: int | None = None) -> schedule.Shapes:
