@@ -27,6 +27,8 @@ OTHER_NAMES = {
     "account_for_loss_in_pipeline_split": "pipeline.layers_per_stage",
     "cpu_offloading": "recompute.cpu_offloading_num_layers",
     "moe_enable_deepep": "moe.moe_flex_dispatcher_backend",
+    "moe_router_force_load_balancing": "moe.moe_router_gate",
+    "moe_router_topk_limited_devices": "moe.moe_router_group_topk",
 }
 """Fields that a key of ours with another name decides."""
 
@@ -36,7 +38,6 @@ NEEDS_TRANSFORMER_ENGINE = (
     r"tp_comm_\w+|delay_wgrad_compute|overlap_dispatch_backward_with_experts_wgrad",
     r"fused_single_qkv_rope|fused_residual_rmsnorm|cross_entropy_fusion_impl",
     r"use_te_\w+|use_transformer_engine_op_fuser|use_grouped_gemm_for_\w+",
-    r"moe_latent_size|moe_router_padding_for_(fp8|quantization)",
     r"moe_single_grouped_\w+|moe_(mlp|shared_expert)_glu_interleave_size",
     r"softmax_type|attention_output_gate|window_size|window_attn_skip_freq|cp_comm_type",
 )
@@ -72,16 +73,15 @@ NOT_SETTABLE: dict[str, str] = {
     r"flash_decode|flash_attention_version": _ATTENTION,
     r"glu_linear_offset|activation_func_clamp_value|use_fused_weighted_squared_relu": _EXPERTS,
     r"moe_apply_probs_on_input|moe_token_dropping|moe_enable_routing_replay": _EXPERTS,
-    r"moe_pad_expert_input_to_capacity|moe_router_quantile_balancing_ema": _EXPERTS,
-    r"moe_router_topk_limited_devices": "moe_router_group_topk took its place",
+    r"moe_latent_size|moe_router_padding_for_\w+|moe_router_quantile_balancing_ema": _EXPERTS,
     r"moe_use_legacy_grouped_gemm|moe_router_force_biased": _EXPERTS,
     r"apply_residual_connection_post_layernorm|async_tensor_model_parallel_allreduce": _IGNORED,
     r"\w*cuda_graph\w*|(use_)?inference_\w+|nccl_all_reduce_for_prefill|mlp_chunks_for_\w+": _SERVING,
     r"symmetric_ar_type|batch_invariant_mode|high_priority_a2a_comm_stream": _SERVING,
     r"(use_)?kitchen\w*|quant_recipe|use_ring_exchange_p2p|pipeline_model_parallel_comm_backend": _LIBRARY,
-    r"moe_(deepep|hybridep|ncclep|flex)\w*|moe_permute_fusion_into_hybridep": _KERNELS,
+    r"moe_(deepep|hybridep|ncclep|flex_dispatcher_num)\w*|moe_permute_fusion_into_hybridep": _KERNELS,
     r"\w*offload\w*|moe_paged_stash\w*|moe_expert_rank_capacity_factor": _OFFLOADING,
-    r"overlap_moe_expert_parallel_comm|ep_overlap_early_attn_memory_release": _SCHEDULE,
+    r"ep_overlap_early_attn_memory_release": _SCHEDULE,
     r"microbatch_group_size_per_vp_stage|num_microbatches_with_partial_activation_checkpoints": _SCHEDULE,
     r"distribute_saved_activations": _RECOMPUTE,
     r"mtp_\w+|multi_latent_attention|experimental_attention_variant|dsa_\w+|linear_\w+": _MODEL,

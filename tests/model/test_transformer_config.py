@@ -75,4 +75,4 @@ def test_pipeline_ranks_recompute_their_own_number_of_layers() -> None:
 
 def test_moe_fields_are_left_out_of_dense_models() -> None:
     assert config(moe=None).num_moe_experts is None
-    assert config(moe=MOE | {"moe_expert_capacity_factor": 1.5}).moe_expert_capacity_factor == 1.5
+    assert config(moe=MOE).num_moe_experts == 4

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_moe.config.capacity_factor import CapacityFactor, limit
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.model.moe.groups import MoEGroups, size
 from megatron_moe.model.moe.routing import Padded, Routing
@@ -15,14 +16,6 @@ from megatron_moe.model.moe.routing import Padded, Routing
 if TYPE_CHECKING:
     from megatron_moe.model.moe.gates.gate import Choice
     from megatron_moe.model.moe.microbatch import Microbatch
-
-Setting = float | Literal["auto"] | None
-"""`moe.moe_expert_capacity_factor`."""
-
-
-def limit(setting: Setting) -> float | None:
-    """The capacity factor beyond which assignments are dropped; None: none is, whatever comes."""
-    return None if setting in (None, "auto", 0) else abs(float(setting))
 
 
 def capacity(tokens: float | Tensor, topk: int, num_experts: int, factor: float) -> float | Tensor:
@@ -41,8 +34,8 @@ class Capacity:
 
     def __init__(self, moe: MoE) -> None:
         self.moe = moe
-        self.in_training: Setting = moe.moe_expert_capacity_factor
-        self.in_evaluation: Setting = moe.moe_eval_capacity_factor
+        self.in_training: CapacityFactor = moe.moe_expert_capacity_factor
+        self.in_evaluation: CapacityFactor = moe.moe_eval_capacity_factor
         if self.in_evaluation is None:
             self.in_evaluation = self.in_training
 
@@ -78,7 +71,7 @@ class Capacity:
         kept = (microbatch.mine(seats) < room) | ~contending
         return kept if choice.chosen is None else kept & choice.chosen
 
-    def _padded(self, microbatch: Microbatch, setting: Setting) -> Padded | None:
+    def _padded(self, microbatch: Microbatch, setting: CapacityFactor) -> Padded | None:
         moe, groups = self.moe, microbatch.groups
         if not moe.moe_pad_expert_input_to_capacity:
             return None
