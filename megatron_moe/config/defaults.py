@@ -252,6 +252,11 @@ def _moe_eval_capacity_factor(e: Experiment, world_size: int | None) -> float | 
     return e.moe.moe_expert_capacity_factor
 
 
+def _moe_input_jitter_eps(e: Experiment, world_size: int | None) -> float | None:
+    assert e.moe is not None
+    return 0.01 if e.moe.moe_router_gate == "switch" else None
+
+
 DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("model.num_query_groups", lambda e, _: e.model.num_attention_heads),
     ("model.kv_channels", _kv_channels),
@@ -260,6 +265,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("model.max_position_embeddings", lambda e, _: e.training.seq_length),
     ("moe.moe_ffn_hidden_size", _moe_ffn_hidden_size),
     ("moe.moe_expert_activation", lambda e, _: e.model.activation),
+    ("moe.moe_input_jitter_eps", _moe_input_jitter_eps),
     ("moe.moe_eval_capacity_factor", _moe_eval_capacity_factor),
     ("parallel.virtual_pipeline_model_parallel_size", lambda e, _: 1),
     ("parallel.expert_model_parallel_size", _expert_model_parallel_size),

@@ -85,25 +85,6 @@ def positions_reach_sequence(e: Experiment) -> Problems:
         )
 
 
-def topk_within_experts(e: Experiment) -> Problems:
-    """A token goes to different experts."""
-    if e.moe is not None and e.moe.moe_router_topk > e.moe.num_moe_experts:
-        text = "is more than moe.num_moe_experts"
-        yield Problem(
-            ("moe.moe_router_topk", "moe.num_moe_experts"), text, f"use at most {e.moe.num_moe_experts}"
-        )
-
-
-def top1_needs_softmax_first(e: Experiment) -> Problems:
-    """A softmax over the one chosen expert is 1 whatever the router says: it would learn nothing."""
-    if e.moe is None or e.moe.moe_router_topk > 1 or e.moe.moe_router_pre_softmax:
-        return
-    if e.model.megatron_core.get("moe_router_score_function", "softmax") == "softmax":
-        keys = ("moe.moe_router_topk", "moe.moe_router_pre_softmax")
-        text = "expert a token gives the router no gradient under moe.moe_router_pre_softmax"
-        yield Problem(keys, text, "set that to true, or use at least 2 experts")
-
-
 def expert_ffn_over_etp(e: Experiment) -> Problems:
     """Each ETP rank holds an equal part of every expert."""
     if e.moe is not None:

@@ -13,7 +13,6 @@ from megatron_moe.config.schema import Experiment
 
 _PREFIX = "model.megatron_core."
 _SHARED = "moe.moe_shared_expert_intermediate_size"
-_GROUPS, _CHOSEN = f"{_PREFIX}moe_router_num_groups", f"{_PREFIX}moe_router_group_topk"
 
 
 def shared_expert_options(e: Experiment) -> Problems:
@@ -29,42 +28,6 @@ def shared_expert_options(e: Experiment) -> Problems:
         key = f"{_PREFIX}moe_shared_expert_overlap"
         text = f"overlaps the sends of alltoall, which {dispatcher} is not"
         yield Problem((key, dispatcher), text, f"set {dispatcher} to alltoall, or leave this out")
-
-
-def expert_bias_needs_sigmoid(e: Experiment) -> Problems:
-    """Megatron-Core balances by biases (DeepSeek-V3) where scores are not shares of one."""
-    fields, score = e.model.megatron_core, f"{_PREFIX}moe_router_score_function"
-    enabled, rate = f"{_PREFIX}moe_router_enable_expert_bias", f"{_PREFIX}moe_router_bias_update_rate"
-    if fields.get("moe_router_enable_expert_bias"):
-        if fields.get("moe_router_score_function", "softmax") == "softmax":
-            yield Problem(
-                (enabled, score), f"does not go with a softmax in {score}", f"set {score} to sigmoid"
-            )
-    elif "moe_router_bias_update_rate" in fields:
-        yield Problem(
-            (rate, enabled), f"has no effect without {enabled}", "set that to true, or leave this out"
-        )
-
-
-def groups_of_experts(e: Experiment) -> Problems:
-    """Group-limited routing (DeepSeek-V2): experts lie in groups, and a token chooses groups first."""
-    groups = e.model.megatron_core.get("moe_router_num_groups")
-    chosen = e.model.megatron_core.get("moe_router_group_topk")
-    if e.moe is None or not isinstance(groups or chosen, int):
-        return
-    experts, topk = "moe.num_moe_experts", "moe.moe_router_topk"
-    if not groups or not chosen:
-        keys = (_GROUPS, _CHOSEN) if groups else (_CHOSEN, _GROUPS)
-        yield Problem(keys, f"needs {keys[1]}", "set both, or none")
-    elif e.moe.num_moe_experts % groups:
-        text, advice = f"does not divide {experts}", f"use {divisors_of(e.moe.num_moe_experts)}"
-        yield Problem((_GROUPS, experts), text, advice)
-    elif chosen > groups:
-        yield Problem((_CHOSEN, _GROUPS), f"is more than {_GROUPS}", f"use at most {groups}")
-    elif not chosen <= e.moe.moe_router_topk <= chosen * (e.moe.num_moe_experts // groups):
-        inside = e.moe.num_moe_experts // groups
-        text = f"groups of {inside} experts do not hold {topk} choices with one in each"
-        yield Problem((_CHOSEN, topk), text, f"use from {chosen} to {chosen * inside} choices")
 
 
 def rotary_options(e: Experiment) -> Problems:

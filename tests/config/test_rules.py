@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from capacity_rule_cases import CAPACITY_CASES
 from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from experiment_files import DENSE, MOE, problems
 from optimizer_rule_cases import OPTIMIZER_CASES
 from recompute_rule_cases import RECOMPUTE_CASES
+from router_rule_cases import ROUTER_CASES
 from sink_rule_cases import SINK_CASES
 from structure_rule_cases import STRUCTURE_CASES
 from tokenizer_rule_cases import TOKENIZER_CASES
@@ -137,54 +139,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "overlaps the sends of alltoall, which moe.moe_token_dispatcher_type",
     ),
     (
-        "expert_bias_needs_sigmoid",
-        MOE,
-        [f"{M}moe_router_enable_expert_bias=true"],
-        [f"{M}moe_router_score_function=sigmoid"],
-        f"{M}moe_router_enable_expert_bias",
-        "does not go with a softmax",
-    ),
-    (
-        "expert_bias_needs_sigmoid",
-        MOE,
-        [f"{M}moe_router_bias_update_rate=0.1"],
-        [f"{M}moe_router_enable_expert_bias=true", f"{M}moe_router_score_function=sigmoid"],
-        f"{M}moe_router_bias_update_rate",
-        "has no effect without",
-    ),
-    (
-        "groups_of_experts",
-        MOE,
-        [f"{M}moe_router_num_groups=4"],
-        [f"{M}moe_router_group_topk=2"],
-        f"{M}moe_router_num_groups",
-        f"4 needs {M}moe_router_group_topk",
-    ),
-    (
-        "groups_of_experts",
-        MOE,
-        [f"{M}moe_router_num_groups=3", f"{M}moe_router_group_topk=1"],
-        [f"{M}moe_router_num_groups=4"],
-        f"{M}moe_router_num_groups",
-        "3 does not divide moe.num_moe_experts",
-    ),
-    (
-        "groups_of_experts",
-        MOE,
-        [f"{M}moe_router_num_groups=2", f"{M}moe_router_group_topk=4", "moe.moe_router_topk=4"],
-        [f"{M}moe_router_group_topk=2"],
-        f"{M}moe_router_group_topk",
-        "4 is more than",
-    ),
-    (
-        "groups_of_experts",
-        MOE,
-        [f"{M}moe_router_num_groups=4", f"{M}moe_router_group_topk=2", "moe.moe_router_topk=5"],
-        ["moe.moe_router_topk=4"],
-        f"{M}moe_router_group_topk",
-        "2 groups of 2 experts do not hold moe.moe_router_topk (5, override) choices",
-    ),
-    (
         "rotary_options",
         DENSE,
         [f"{M}rotary_interleaved=true", *NO_ROPE],
@@ -231,22 +185,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{EP}=1"],
         EP,
         "needs experts, and there is no section moe",
-    ),
-    (
-        "topk_within_experts",
-        MOE,
-        ["moe.moe_router_topk=9"],
-        ["moe.moe_router_topk=8"],
-        "moe.moe_router_topk",
-        "9 is more than moe.num_moe_experts (8, experiment.yaml:5)",
-    ),
-    (
-        "top1_needs_softmax_first",
-        MOE,
-        ["moe.moe_router_topk=1"],
-        ["moe.moe_router_pre_softmax=true"],
-        "moe.moe_router_topk",
-        "1 expert a token gives the router no gradient",
     ),
     ("moe_with_tp_needs_sp", MOE, [f"{TP}=2", f"{SP}=false"], [f"{SP}=true"], SP, "does not go with experts"),
     ("sp_needs_tp", DENSE, [f"{SP}=true"], [f"{SP}=false"], SP, "true needs"),
@@ -435,11 +373,13 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "model.megatron_core.fp8_margin",
         "needs Transformer Engine",
     ),
+    *CAPACITY_CASES,
     *DATA_CASES,
     *OPTIMIZER_CASES,
     *TOKENIZER_CASES,
     *DEVICE_CASES,
     *RECOMPUTE_CASES,
+    *ROUTER_CASES,
     *SINK_CASES,
     *STRUCTURE_CASES,
 ]

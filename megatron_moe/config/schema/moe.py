@@ -104,11 +104,11 @@ class MoE(Section):
         "topk", "noisy_topk", "switch", "gshard", "sinkhorn", "swipe", "hash", "forced_balance"
     ] = "topk"
     """How experts are chosen. `topk`: the k largest scores. `noisy_topk`: the k largest of logits with learnt
-    noise (Sparsely-Gated). `switch`: the largest, of jittered input (Switch Transformer, top-1). `gshard`: the
-    largest, and a random second, first choices seated first (top-2). `sinkhorn`: balanced by Sinkhorn's
-    iteration. `swipe`: each rank's share of experts takes a bounded number of tokens, overflow goes to those
-    with room. `hash`: by the token's number in the vocabulary, no parameters. `forced_balance`: random, even
-    for every expert, for benchmarks only."""
+    noise (Sparsely-Gated). `switch`: the largest, of jittered input (Switch Transformer, top-1). `gshard`:
+    the largest, and a random second, first choices seated first (top-2). `sinkhorn`: balanced by Sinkhorn's
+    iteration. `swipe`: each of moe_num_device_groups shares of the experts takes a bounded number of tokens,
+    overflow goes to those with room. `hash`: by the token's number in the vocabulary, no parameters.
+    `forced_balance`: random, even for every expert, for benchmarks only."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """What makes scores of logits."""
     moe_router_pre_softmax: bool = False
@@ -119,8 +119,8 @@ class MoE(Section):
     moe_router_topk_scaling_factor: PositiveFloat | None = None
     """Factor on all gate weights (DeepSeek). Default: 1."""
     moe_router_logit_normalization: PositiveFloat | None = None
-    """lambda of Skywork-MoE's gating-logit normalization lambda * (z - mean(z)) / std(z), over the experts.
-    Default: none."""
+    """lambda of Skywork-MoE's gating-logit normalization lambda * (z - mean(z)) / (std(z) + epsilon), over
+    the experts; the z-loss takes the logits before it. Default: none."""
     moe_router_logit_normalization_epsilon: PositiveFloat = 1e-6
     """Added to the standard deviation, so that equal logits stay equal."""
     moe_router_num_groups: PositiveInt | None = None
@@ -151,8 +151,8 @@ class MoE(Section):
     moe_z_loss_coeff: Coefficient = 0.0
     """Weight of the router z-loss mean(logsumexp(logits)^2) (ST-MoE)."""
     moe_num_device_groups: PositiveInt | None = None
-    """Groups of experts that the device and communication losses balance; the ranks that hold them need not
-    be as many. Default: moe_router_num_groups."""
+    """Groups of experts that the device and communication losses balance, or the gate `swipe`; the ranks that
+    hold them need not be as many. Default: moe_router_num_groups, with `swipe` one for each expert."""
 
     moe_expert_capacity_factor: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] | None = None
     """Each expert takes at most ceil(t * k / e * factor) of a microbatch's t tokens, the rest is dropped.
