@@ -68,6 +68,8 @@ def _standard_deviation(name: str, experiment: Experiment) -> float:
         return float(model.megatron_core.get("embedding_init_method_std") or std)
     if moe is not None and EXPERTS.match(name):
         return std * moe.moe_expert_init_scale
+    if name.endswith(".router.gate.noise_weight"):
+        return 0.0  # as Shazeer et al. 2017, appendix A
     if moe is not None and name.endswith(".router.weight"):
         return std * moe.moe_router_init_scale
     return std
