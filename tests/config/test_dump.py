@@ -35,7 +35,7 @@ def test_any_value_reads_back(value: Any) -> None:
         [],
         ["optimizer.lr_warmup_fraction=0.25", "optimizer.lr=1e-7"],
         ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
-        ["model.megatron_core={qk_layernorm: true, no_rope_freq: [0, 1, 1, 1], moe_input_jitter_eps: 0.5}"],
+        ["model.megatron_core={qk_layernorm: true, no_rope_freq: [0, 1, 1, 1], embedding_init_method_std: 0.5}"],
         ["moe=null"],
         ["data.kind=pretraining", "data.prepare={input: ['a b: #c.txt', ' ü\"\\.txt', 'null']}"],
         ["name=1e5", "moe.moe_layer_freq=[0, 1, 0, 1]"],

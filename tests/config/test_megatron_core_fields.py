@@ -95,7 +95,7 @@ def test_what_is_left_open_can_be_written_in_yaml() -> None:
         "qk_layernorm",
         "add_qkv_bias",
         "add_bias_linear",
-        "moe_router_score_function",
+        "no_rope_freq",
     } <= set(left)
     assert [name for name in left if reader.describe(fields[name]) is None] == []
 
@@ -142,7 +142,10 @@ def test_no_pattern_matches_nothing_by_a_slip() -> None:
     [
         ("qk_layernorn=true", "no field of the installed TransformerConfig; did you mean qk_layernorm?"),
         ("qk_layernorm=1", "1 must be true or false"),
-        ("moe_router_score_function=tanh", "must be one of softmax, sigmoid"),
+        ("no_rope_freq=x", "must be a whole number, or a list, each entry a whole number, or null"),
+        ("moe_router_score_function=sigmoid", "is what moe.moe_router_score_function"),
+        ("moe_router_force_load_balancing=true", 'is what moe.moe_router_gate ("topk", default) decides'),
+        ("moe_latent_size=8", "cannot be set: the router and experts here do not compute it"),
         ("hidden_size=3", "is what model.hidden_size (64, experiment.yaml:2) decides"),
         ("bf16=true", 'is what training.precision ("auto", default) decides'),
         ("init_method=x", "cannot be set: the trainer sets it itself"),
@@ -159,7 +162,7 @@ def test_messages(tmp_path: Path, entry: str, words: str) -> None:
     ("key", "words"),
     [
         ("model.qk_layernorm", "did you mean model.megatron_core.qk_layernorm?"),
-        ("moe.moe_router_score_function", "did you mean model.megatron_core.moe_router_score_function?"),
+        ("moe.moe_router_force_load_balancing", "did you mean moe.moe_router_gate?"),
         ("parallel.batch_p2p_comm", "it is a field of Megatron-Core that cannot be set: the trainer sets it"),
         ("training.bf16", "did you mean training.precision?"),
         ("model.moe_router_topk", "did you mean moe.moe_router_topk?"),
@@ -171,11 +174,15 @@ def test_an_unknown_key_that_megatron_core_knows(tmp_path: Path, key: str, words
     assert line.startswith(f"override {key}: unknown key; {words}")
 
 
-def test_a_field_for_experts_needs_experts(tmp_path: Path) -> None:
-    entry = "model.megatron_core.moe_input_jitter_eps=0.1"
-    assert problems(tmp_path, MOE, [entry]) == []
-    (line,) = problems(tmp_path, DENSE, [entry])
-    assert "is for experts, and there is no section moe" in line
+@pytest.mark.second_pair
+def test_what_routers_and_dispatchers_do_is_said_in_the_section_moe() -> None:
+    """They are ours and read no field of Megatron-Core: only experts of Transformer Engine do."""
+    names = [name for name in reader.transformer_fields() if name.startswith("moe_")]
+    assert len(names) > 30
+    native = [name for name in names if own_key(name) is None and refusal(name, "native") is None]
+    assert native == []
+    engine = [name for name in names if own_key(name) is None and refusal(name, "transformer_engine") is None]
+    assert [name for name in engine if "single_grouped" not in name and "glu_interleave" not in name] == []
 
 
 def test_without_megatron_core_fields_are_not_guessed(
