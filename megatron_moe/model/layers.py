@@ -8,7 +8,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.versions import moe_submodules
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.norms import Norm
-from megatron_moe.plan.journeys import taken_by
+from megatron_moe.plan.journeys import choice
 from megatron_moe.plan.stages import Stage
 
 
@@ -82,5 +82,5 @@ def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> 
         # The library's kernels are called by Megatron-Core's own layer.
         submodules.router = router_class(experiment.moe, seed)
     else:
-        settings = experiment.moe.model_copy(update={"moe_token_dispatcher_type": taken_by(experiment)})
+        settings = experiment.moe.model_copy(update={"moe_token_dispatcher_type": choice(experiment).dispatcher})
         parts.mlp = layer_class(settings, seed, submodules)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs import FORMULA, StageCosts
+from megatron_moe.plan.journeys_table import fold, print_journeys
 from megatron_moe.plan.layout import GroupKind
 from megatron_moe.plan.plan import Plan, make
 from megatron_moe.plan.stages import Stage
@@ -52,6 +53,7 @@ def run(loaded: Loaded, gpus: int | None, as_json: bool) -> None:
     _print_layout(console, plan, gpus)
     if plan.num_moe_experts:
         _print_experts(console, plan)
+        print_journeys(console, plan)
     _print_stages(console, plan)
 
 
@@ -78,6 +80,7 @@ def _print_layout(console: Console, plan: Plan, gpus: int | None) -> None:
             f"EP {layout.expert_model_parallel_size} x PP {layout.pipeline_model_parallel_size} x "
             f"{plural(layout.expert_data_parallel_size, 'replica')}"
         )
+        console.print(fold(layout))
     console.print()
     if layout.world_size > 1:
         _print_groups(console, plan)

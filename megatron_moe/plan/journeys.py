@@ -14,10 +14,10 @@ alltoall, and h (R - 1) each way for allgather (the counts of the Skywork-MoE re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import comb
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.moe import MoE
@@ -43,6 +43,26 @@ class Journey:
     """Those of `bytes` that leave the node; None where `moe.moe_ranks_per_node` is not set."""
     bytes_a_microbatch: int
     """What a rank sends beside that, however many tokens: how many rows are to be expected."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which dispatcher an experiment takes, and what that and the others cost.
+
+    Attributes:
+        element_size: bytes of an element of a token.
+        journeys: empty where all experts are on one rank.
+    """
+
+    dispatcher: str
+    element_size: int
+    journeys: tuple[Journey, ...]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Choice:
+        """What `asdict` made a record of."""
+        journeys = tuple(Journey(**journey) for journey in record["journeys"])
+        return cls(record["dispatcher"], record["element_size"], journeys)
 
 
 @dataclass(frozen=True)
@@ -89,45 +109,17 @@ def taken(moe: MoE, hidden_size: int, element_size: int, ranks: Ranks) -> str:
     return min(journeys(moe, hidden_size, element_size, ranks), key=lambda journey: journey.bytes).dispatcher
 
 
-def ranks_of(experiment: Experiment) -> Ranks:
-    """Of a filled experiment with experts."""
+def choice(experiment: Experiment) -> Choice:
+    """What a filled experiment with experts takes. Precision `auto` is counted as bf16."""
     parallel, moe = experiment.parallel, experiment.moe
     assert moe is not None
     assert parallel.expert_model_parallel_size is not None
     assert parallel.expert_tensor_parallel_size is not None
-    return Ranks(
+    ranks = Ranks(
         parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size, moe.moe_ranks_per_node
     )
-
-
-def element_size(experiment: Experiment) -> int:
-    """Bytes of an element of a token; precision `auto` is planned as bf16."""
-    return 4 if experiment.training.precision == "fp32" else 2
-
-
-def taken_by(experiment: Experiment) -> str:
-    """The dispatcher of a filled experiment with experts."""
-    assert experiment.moe is not None
-    sizes = experiment.model.hidden_size, element_size(experiment)
-    return taken(experiment.moe, *sizes, ranks_of(experiment))
-
-
-def journeys_of(experiment: Experiment) -> list[Journey]:
-    """The costs of each dispatcher for a filled experiment; empty without experts."""
-    if experiment.moe is None:
-        return []
-    sizes = experiment.model.hidden_size, element_size(experiment)
-    return journeys(experiment.moe, *sizes, ranks_of(experiment))
-
-
-def leaves_replica(groups: Sequence[Sequence[int]], replica_of: Sequence[int]) -> bool:
-    """Whether tokens travel between data-parallel replicas.
-
-    Args:
-        groups: of ranks between which tokens travel.
-        replica_of: of each rank.
-    """
-    return any(len({replica_of[rank] for rank in group}) > 1 for group in groups)
+    sizes = experiment.model.hidden_size, 4 if experiment.training.precision == "fp32" else 2
+    return Choice(taken(moe, *sizes, ranks), sizes[1], tuple(journeys(moe, *sizes, ranks)))
 
 
 def _journey(name: Name, moe: MoE, hidden_size: int, element_size: int, ranks: Ranks) -> Journey:

@@ -11,6 +11,7 @@ Rules for users live in `config.rules`; what is asserted here is what they guara
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple, get_args
@@ -138,6 +139,25 @@ class Layout:
             "expert_dp": self.expert_data_parallel_size,
             "pp": self.pipeline_model_parallel_size,
         }
+
+    @property
+    def expert_span(self) -> dict[str, int]:
+        """TP, CP and DP ranks that the ranks which together hold each expert once lie on, at most."""
+        together = self.expert_model_parallel_size * self.expert_tensor_parallel_size
+        # They are neighbours, and after so many ranks the pattern begins again.
+        period = math.lcm(together, self.tensor_model_parallel_size * self.context_parallel_size)
+        places = [self.coordinates(rank) for rank in range(period)]
+        groups = [places[first : first + together] for first in range(0, period, together)]
+        axes = {"TP": "tp", "CP": "cp", "DP": "dp"}
+        return {
+            name: max(len({getattr(place, axis) for place in group}) for group in groups)
+            for name, axis in axes.items()
+        }
+
+    @property
+    def experts_cross_replicas(self) -> bool:
+        """Whether tokens travel between data-parallel replicas to reach their experts."""
+        return self.expert_span["DP"] > 1
 
     def groups(self, kind: GroupKind) -> list[list[int]]:
         """All groups of one kind, members and groups in Megatron-Core's order.

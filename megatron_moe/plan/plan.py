@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import costs
+from megatron_moe.plan import costs, journeys
 from megatron_moe.plan.layout import GROUP_KINDS, Layout
 from megatron_moe.plan.stages import Stage, stages_of
 
@@ -20,6 +20,8 @@ class Plan:
     layout: Layout
     num_moe_experts: int
     """Routed experts of an MoE layer; 0 for a dense model."""
+    dispatch: journeys.Choice | None
+    """How tokens travel to them; None for a dense model."""
     stages: tuple[Stage, ...]
     stage_costs: tuple[costs.StageCosts, ...]
     """One entry a stage."""
@@ -47,6 +49,8 @@ class Plan:
             "layout": asdict(self.layout),
             "expert_data_parallel_size": self.layout.expert_data_parallel_size,
             "num_moe_experts": self.num_moe_experts,
+            "dispatch": None if self.dispatch is None else asdict(self.dispatch),
+            "tokens_leave_replica": self.layout.experts_cross_replicas,
             "stages": [asdict(stage) | asdict(cost) for stage, cost in stages],
             "groups": {kind: self.layout.groups(kind) for kind in GROUP_KINDS},
             "experts_of_rank": experts,
@@ -60,6 +64,7 @@ class Plan:
         return cls(
             layout=Layout(**_fields_of(Layout, record["layout"])),
             num_moe_experts=record["num_moe_experts"],
+            dispatch=None if record["dispatch"] is None else journeys.Choice.of(record["dispatch"]),
             stages=tuple(Stage(**_fields_of(Stage, stage)) for stage in record["stages"]),
             stage_costs=tuple(
                 costs.StageCosts(**_fields_of(costs.StageCosts, stage)) for stage in record["stages"]
@@ -76,6 +81,7 @@ def make(experiment: Experiment) -> Plan:
     return Plan(
         layout=layout,
         num_moe_experts=experiment.moe.num_moe_experts if experiment.moe else 0,
+        dispatch=journeys.choice(experiment) if experiment.moe else None,
         stages=stages,
         stage_costs=tuple(costs.stage_costs(experiment, layout, stage) for stage in stages),
         parameters=costs.count_parameters(experiment),

@@ -17,6 +17,11 @@ def flops(value: float) -> str:
     return _scaled(value, (" FLOP", " KFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
 
 
+def size(value: float) -> str:
+    """Bytes in three to four digits: `16.38 KB`."""
+    return _scaled(value, (" B", " KB", " MB", " GB", " TB"))
+
+
 def _scaled(value: float, units: Sequence[str]) -> str:
     exponent = 0
     while float(f"{value:.4g}") >= 1000 and exponent < len(units) - 1:
