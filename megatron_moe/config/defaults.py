@@ -257,6 +257,12 @@ def _moe_input_jitter_eps(e: Experiment, world_size: int | None) -> float | None
     return 0.01 if e.moe.moe_router_gate == "switch" else None
 
 
+def _moe_num_device_groups(e: Experiment, world_size: int | None) -> int | None:
+    assert e.moe is not None
+    is_swipe = e.moe.moe_router_gate == "swipe"
+    return e.moe.num_moe_experts if is_swipe else e.moe.moe_router_num_groups
+
+
 DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("model.num_query_groups", lambda e, _: e.model.num_attention_heads),
     ("model.kv_channels", _kv_channels),
@@ -266,6 +272,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("moe.moe_ffn_hidden_size", _moe_ffn_hidden_size),
     ("moe.moe_expert_activation", lambda e, _: e.model.activation),
     ("moe.moe_input_jitter_eps", _moe_input_jitter_eps),
+    ("moe.moe_num_device_groups", _moe_num_device_groups),
     ("moe.moe_eval_capacity_factor", _moe_eval_capacity_factor),
     ("parallel.virtual_pipeline_model_parallel_size", lambda e, _: 1),
     ("parallel.expert_model_parallel_size", _expert_model_parallel_size),

@@ -10,9 +10,12 @@ from typing import Any
 from megatron_moe.config.checking import default_of
 from megatron_moe.config.keys import known_keys, leaves, named_sections, schema_key, unions
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.schema.moe import AdaptiveCoefficient
 
 Difference = tuple[str, Any, Any]
 """Dotted key, value when saved, value now."""
+
+_WOULD_DROP = "moe.moe_would_drop_capacity_factor"
 
 ALLOWED: dict[str, str] = {
     r"name|logging\..*|launch\..*|resilience\..*|checkpoint\..*": "they do not reach the computation",
@@ -32,7 +35,8 @@ ALLOWED: dict[str, str] = {
     r"training\.gradient_accumulation_fusion|model\.apply_rope_fusion|moe\.moe_(permute|router)_fusion": (
         "another kernel computes the same"
     ),
-    r"moe\.moe_would_drop_capacity_factor": "it changes a reported number only",
+    # But where it drives coefficients: see below.
+    re.escape(_WOULD_DROP): "it changes a reported number only",
 }
 """Keys, as patterns, that may change, with the reason. All others decide the model, its data, or the steps to
 come."""
@@ -62,6 +66,7 @@ def differences(
         after = new.get(key)
         if before != after:
             may = any(re.fullmatch(pattern, key) for pattern in ALLOWED) or _follows(key, old, new)
+            may &= key != _WOULD_DROP or not _drop_rate_is_followed(current)
             (allowed if may else refused).append((key, before, after))
     return allowed, refused
 
@@ -91,6 +96,15 @@ def _join_variants(old: dict[str, Any], new: dict[str, Any]) -> None:
             parts = {key.removeprefix(f"{holder}."): values.pop(key) for key in keys}
             if parts:
                 values[holder] = parts.get(holder, parts)
+
+
+def _drop_rate_is_followed(e: Experiment) -> bool:
+    """Whether a coefficient of a loss follows the drop rate, which in a dropless run is the would-be one."""
+    if e.moe is None:
+        return False
+    losses, z_loss = e.moe.moe_aux_loss_coeff, e.moe.moe_z_loss_coeff
+    coefficients = [*losses, z_loss] if isinstance(losses, list) else [losses, z_loss]
+    return any(isinstance(coefficient, AdaptiveCoefficient) for coefficient in coefficients)
 
 
 def _rank(key: str) -> tuple[int, str]:

@@ -131,3 +131,23 @@ def test_a_key_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path:
     saved["optimizer"]["gone"] = 3
     _, refused = differences(saved, loaded(tmp_path, MOE, "optimizer.adam_beta1=0.5").experiment)
     assert refused == [("optimizer.adam_beta1", 0.9, 0.5), ("optimizer.gone", 3, None)]
+
+
+@pytest.mark.parametrize(
+    "followed",
+    [
+        ["moe.moe_aux_loss_coeff.xi=0.2"],
+        ["moe.moe_z_loss_coeff.xi=0.2"],
+        [
+            "moe.moe_router_load_balancing_type=[aux_loss, seq_aux_loss]",
+            "moe.moe_aux_loss_coeff=[0.1, {xi: 0.2}]",
+        ],
+    ],
+)
+def test_a_would_be_drop_rate_that_drives_coefficients_may_not_change(
+    tmp_path: Path, followed: list[str]
+) -> None:
+    change = ("moe.moe_would_drop_capacity_factor", 1.0, 1.5)
+    later = f"{change[0]}={change[2]}"
+    assert compare(tmp_path, [], [later]) == ([change], [])
+    assert compare(tmp_path, followed, [*followed, later]) == ([], [change])

@@ -9,6 +9,7 @@ from capacity_rule_cases import CAPACITY_CASES
 from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from experiment_files import DENSE, MOE, problems
+from loss_rule_cases import LOSS_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
 from recompute_rule_cases import RECOMPUTE_CASES
 from router_rule_cases import ROUTER_CASES
@@ -380,6 +381,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *DEVICE_CASES,
     *RECOMPUTE_CASES,
     *ROUTER_CASES,
+    *LOSS_CASES,
     *SINK_CASES,
     *STRUCTURE_CASES,
 ]

@@ -142,12 +142,12 @@ class MoE(Section):
     """The balancing loss, or several. `aux_loss` is the Switch form e * sum_j f_j P_j over one microbatch (1
     at perfect balance); by definition it is a function of the microbatch. `seq_aux_loss`: the same over each
     sequence (DeepSeek-V3). `global_aux_loss`: f of the previous global batch. `skywork_aux_loss`:
-    sum_j (1/e - P_j)^2. `gshard_aux_loss`: f from first choices only. `importance_loss`, `load_loss`: squared
-    coefficients of variation (Sparsely-Gated). `device_aux_loss`, `communication_aux_loss`: DeepSeek-V2's,
-    over moe_num_device_groups."""
+    sum_j (1/e - P_j)^2. `gshard_aux_loss`: the mean over experts of f_j P_j, f from first choices only.
+    `importance_loss`, `load_loss`: squared coefficients of variation (Sparsely-Gated). `device_aux_loss`,
+    `communication_aux_loss`: DeepSeek-V2's, over moe_num_device_groups."""
     moe_aux_loss_coeff: Coefficient | list[Coefficient] = 0.01
-    """Weight of the balancing loss; a list with several losses, in their order. A number, `{xi: 0.2, ..}` for
-    one that follows the drop rate, or `{start: .., end: .., iterations: ..}`."""
+    """Weight of the balancing loss. With several losses that of each of them, or a list in their order. A
+    number, `{xi: 0.2, ..}` for one that follows the drop rate, or `{start: .., end: .., iterations: ..}`."""
     moe_z_loss_coeff: Coefficient = 0.0
     """Weight of the router z-loss mean(logsumexp(logits)^2) (ST-MoE)."""
     moe_num_device_groups: PositiveInt | None = None
