@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 Scale = Callable[[], float | Tensor]
-"""Asked in the backward pass: what the gradients of attached losses are multiplied by, as that of the main loss
-is."""
+"""Asked in the backward pass: what the gradients of attached losses are multiplied by, as that of the main
+loss is."""
 
 
 def unscaled() -> float:
@@ -19,8 +19,8 @@ def unscaled() -> float:
 
 
 def megatron_scale() -> float | Tensor:
-    """The scale that Megatron-Core's schedule sets for each microbatch: what a loss scaler multiplies by, over
-    the number of microbatches."""
+    """The scale that Megatron-Core's schedule sets for each microbatch: what a loss scaler multiplies by,
+    over the number of microbatches."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     scale: Tensor | None = MoEAuxLossAutoScaler.main_loss_backward_scale

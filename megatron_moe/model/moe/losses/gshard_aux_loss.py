@@ -9,8 +9,8 @@ from megatron_moe.model.moe.routing import dense_map
 
 
 def gshard_aux_loss(given: LossInput) -> Tensor:
-    """(1/e) sum_j (c_j / t) m_j, c_j the tokens whose first choice is expert j and m_j its mean score (GShard,
-    algorithm 1). 1/e^2 at perfect balance."""
+    """(1/e) sum_j (c_j / t) m_j, c_j the tokens whose first choice is expert j and m_j its mean score
+    (GShard, algorithm 1). 1/e^2 at perfect balance."""
     choice, microbatch = given.choice, given.microbatch
     made = None if choice.chosen is None else choice.chosen[:, :1]
     first = microbatch.masked(dense_map(choice.experts[:, :1], made, given.num_experts))
