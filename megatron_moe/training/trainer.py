@@ -23,7 +23,7 @@ from megatron_moe.engine.optimizer import learning_rates
 from megatron_moe.model.moe.gates import needs_marks
 from megatron_moe.plan.batch_ramp import global_batch_size
 from megatron_moe.plan.plan import Plan
-from megatron_moe.training import router_updates
+from megatron_moe.training import communication, router_updates
 from megatron_moe.training.balance_metrics import balance_metrics
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
@@ -85,6 +85,10 @@ class Trainer:
         training = self.experiment.training
         sequences = global_batch_size(training, self.consumed_samples)
         shapes = self.shapes(sequences)
+        detailed = (self.iteration + 1) % self.experiment.logging.detail_interval == 0
+        measured = detailed and communication.is_measured(self.experiment)
+        if measured:
+            communication.begin(self.chunks)
         schedule.zero_gradients(self.chunks, self.optimizer)
         # Iteration i trains at the schedule's i-th rate: the first is not zero, the last is min_lr.
         self.scheduler.num_steps = self.iteration
@@ -123,10 +127,11 @@ class Trainer:
         if not updated:
             record["skipped"] = "the gradient norm is not finite"
         if sums.moe is not None and sums.balance is not None:
-            detailed = self.iteration % self.experiment.logging.detail_interval == 0
             record |= moe_metrics(sums.moe, self.experiment, detailed)
             microbatches = sums.moe.column("microbatches")
             record |= balance_metrics(sums.balance, microbatches, self.experiment, detailed)
+        if measured:
+            record |= communication.end(self.chunks, self.device.torch_device)
         return record
 
     def evaluate(self, dataset: Samples, iterations: int) -> Record:

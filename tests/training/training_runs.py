@@ -13,7 +13,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-TIMES = ("step_time_s", "tokens_per_second", "model_tflops_per_device")
+TIMES = (
+    "step_time_s",
+    "tokens_per_second",
+    "model_tflops_per_device",
+    "moe/communication_ms",
+    "moe/exposed_communication_ms",
+)
 
 
 def records(run: Path) -> list[dict[str, Any]]:

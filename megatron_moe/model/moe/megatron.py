@@ -14,6 +14,7 @@ from megatron_moe.config.schema.moe import MoE
 from megatron_moe.engine.versions import build
 from megatron_moe.model.moe.attached import megatron_scale
 from megatron_moe.model.moe.dispatch import dispatcher
+from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.experts import Experts, ExpertSettings
 from megatron_moe.model.moe.filled import filled
 from megatron_moe.model.moe.groups import of_megatron
@@ -76,8 +77,9 @@ def layer_class(moe: MoE, seed: int, submodules: Any) -> type[moe_layer.MoELayer
             moe_layer.BaseMoELayer.__init__(self, config, pg_collection=groups)
             self.router = Router(moe, config.hidden_size, **_router_arguments(config, groups, seed))
             _mark(self.router, config)
+            self.transfer_times = TransferTimes()
             self.token_dispatcher: Any = dispatcher(
-                moe, self.router.groups, config.hidden_size, config.params_dtype
+                moe, self.router.groups, config.hidden_size, config.params_dtype, self.transfer_times
             )
             self.experts = build(submodules.experts, self.num_local_experts, config, pg_collection=groups)
             if self.use_shared_expert:

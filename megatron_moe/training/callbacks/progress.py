@@ -83,6 +83,8 @@ class ProgressBar(Callback):
         )
         if "global_batch_size" in record:
             line += f"  batch {record['global_batch_size']}"
+        if record.get("moe/communication_ms"):
+            line += f"  {_exchange(record)}"
         if "skipped" in record:
             line += f"  skipped: {record['skipped']}"
         assert self.log is not None
@@ -104,3 +106,10 @@ def _numbers(record: Record) -> str:
     held_out = record.get("eval/loss")
     held_out_text = "" if held_out is None else f"  held-out {held_out:.4f}"
     return f"loss {loss}{held_out_text}  {record['tokens_per_second']:,.0f} tokens/s"
+
+
+def _exchange(record: Record) -> str:
+    """How long tokens travelled in this step, and how much of that was hidden."""
+    under_way, exposed = record["moe/communication_ms"], record["moe/exposed_communication_ms"]
+    hidden = max(0.0, 1 - exposed / under_way)
+    return f"exchange {under_way:,.0f} ms, {hidden:.0%} hidden, {exposed:,.0f} ms exposed"

@@ -11,6 +11,7 @@ from megatron_moe.model.moe.dispatch.dispatcher import Experts
 from megatron_moe.model.moe.dispatch.gathering import Gathering, scatter_sum
 from megatron_moe.model.moe.dispatch.local import by_local_experts
 from megatron_moe.model.moe.dispatch.seats import experts_here, routing_here
+from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.groups import MoEGroups
 from megatron_moe.model.moe.routing import Routing
 
@@ -24,11 +25,12 @@ class AllGather:
     Args:
         num_experts: e.
         groups: `expert_ranks` has more than one rank.
+        times: where it is measured how long tokens travel.
     """
 
-    def __init__(self, num_experts: int, groups: MoEGroups) -> None:
+    def __init__(self, num_experts: int, groups: MoEGroups, times: TransferTimes | None = None) -> None:
         self.here = experts_here(num_experts, groups)
-        self.group = groups.expert_ranks
+        self.group, self.times = groups.expert_ranks, times or TransferTimes()
 
     def __call__(
         self,
@@ -37,9 +39,12 @@ class AllGather:
         experts: Experts,
         meanwhile: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        under_way = Gathering(tokens, self.group), Gathering(labels.write(routing), self.group)
+        under_way = (
+            Gathering(tokens, self.group, self.times),
+            Gathering(labels.write(routing), self.group, self.times),
+        )
         beside = None if meanwhile is None else meanwhile()
         everything, read = under_way[0].wait(), labels.read(under_way[1].wait())
         outputs = by_local_experts(everything, routing_here(read, self.here), experts, len(self.here))
-        combined = scatter_sum(outputs, self.group)
+        combined = scatter_sum(outputs, self.group, self.times)
         return combined if beside is None else combined + beside

@@ -15,10 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.model.moe.dispatch.transfer import Transfer, TransferTimes
 from megatron_moe.model.moe.groups import size
 
 
-def start(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: Any) -> Pending:
+def start(
+    rows: Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    group: Any,
+    times: TransferTimes | None = None,
+) -> Pending:
     """Send each rank of a group its rows. All ranks call this, and `wait`, in the same order.
 
     Args:
@@ -26,16 +33,23 @@ def start(rows: Tensor, send_counts: list[int], receive_counts: list[int], group
         send_counts: how many rows each rank gets, adding up to n. May hold zeros.
         receive_counts: how many rows each rank sends here.
         group: the process group; None stands for this rank alone.
+        times: where it is measured how long it takes, both ways.
     """
     if size(group) == 1:
         return Pending(rows, None)
-    flight = _Flight(group, send_counts, receive_counts)
+    flight = _Flight(group, send_counts, receive_counts, times or TransferTimes())
     return Pending(_Start.apply(rows, flight), flight)
 
 
-def exchange(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: Any) -> Tensor:
+def exchange(
+    rows: Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    group: Any,
+    times: TransferTimes | None = None,
+) -> Tensor:
     """As `start`, and waits at once."""
-    return start(rows, send_counts, receive_counts, group).wait()
+    return start(rows, send_counts, receive_counts, group, times).wait()
 
 
 class Pending:
@@ -62,18 +76,23 @@ class _Flight:
     group: Any
     send_counts: list[int]
     receive_counts: list[int]
-    transfer: Any = None
+    times: TransferTimes
+    transfer: tuple[Transfer, Tensor, Tensor] | None = None
 
     def launch(self, rows: Tensor, send: list[int], receive: list[int]) -> None:
         rows = rows.contiguous()
         received = rows.new_empty(sum(receive), *rows.shape[1:])
-        work = dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=True)
+        transfer = self.times.launch(
+            lambda: dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=True),
+            rows.device,
+        )
         # What is being sent must outlive the transfer.
-        self.transfer = work, rows, received
+        self.transfer = transfer, rows, received
 
     def land(self) -> Tensor:
-        (work, _, received), self.transfer = self.transfer, None
-        work.wait()
+        assert self.transfer is not None
+        (transfer, _, received), self.transfer = self.transfer, None
+        transfer.wait()
         return received
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.model.moe.dispatch.transfer import Transfer, TransferTimes
 from megatron_moe.model.moe.groups import size
 
 
@@ -19,10 +20,11 @@ class Gathering:
     Args:
         rows: [t, ..], on every rank equally many.
         group: the process group.
+        times: where it is measured how long it takes, both ways.
     """
 
-    def __init__(self, rows: Tensor, group: Any) -> None:
-        self._flight = _Flight(group)
+    def __init__(self, rows: Tensor, group: Any, times: TransferTimes) -> None:
+        self._flight = _Flight(group, times)
         self._thread = _Start.apply(rows, self._flight)
 
     def wait(self) -> Tensor:
@@ -31,9 +33,9 @@ class Gathering:
         return rows
 
 
-def scatter_sum(rows: Tensor, group: Any) -> Tensor:
+def scatter_sum(rows: Tensor, group: Any, times: TransferTimes) -> Tensor:
     """[ranks * t, ..] -> [t, ..]: what all ranks have for this one, added up."""
-    result: Tensor = _ScatterSum.apply(rows, group)
+    result: Tensor = _ScatterSum.apply(rows, _Flight(group, times))
     return result
 
 
@@ -52,25 +54,30 @@ def all_have(rows: Tensor, group: Any) -> Tensor:
 class _Flight:
     """The transfer under way, in one direction or the other."""
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.transfer: Any = None
+    def __init__(self, group: Any, times: TransferTimes) -> None:
+        self.group, self.times = group, times
+        self.transfer: tuple[Transfer, Tensor, Tensor] | None = None
 
     def gather(self, rows: Tensor) -> None:
         rows = rows.contiguous()
         gathered = rows.new_empty(size(self.group) * len(rows), *rows.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, rows, group=self.group, async_op=True)
-        self.transfer = work, rows, gathered
+        transfer = self.times.launch(
+            lambda: dist.all_gather_into_tensor(gathered, rows, group=self.group, async_op=True), rows.device
+        )
+        self.transfer = transfer, rows, gathered
 
     def scatter(self, rows: Tensor) -> None:
         rows = rows.contiguous()
         mine = rows.new_empty(len(rows) // size(self.group), *rows.shape[1:])
-        work = dist.reduce_scatter_tensor(mine, rows, group=self.group, async_op=True)
-        self.transfer = work, rows, mine
+        transfer = self.times.launch(
+            lambda: dist.reduce_scatter_tensor(mine, rows, group=self.group, async_op=True), rows.device
+        )
+        self.transfer = transfer, rows, mine
 
     def land(self) -> Tensor:
-        (work, _, result), self.transfer = self.transfer, None
-        work.wait()
+        assert self.transfer is not None
+        (transfer, _, result), self.transfer = self.transfer, None
+        transfer.wait()
         return result
 
 
@@ -100,17 +107,15 @@ class _Wait(torch.autograd.Function):
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        flight = _Flight(group)
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
         flight.scatter(rows)
         return flight.land()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        flight = _Flight(ctx.group)
-        flight.gather(grads[0])
-        return flight.land(), None
+        ctx.flight.gather(grads[0])
+        return ctx.flight.land(), None
 
 
 class _AllSum(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_moe.model.moe.dispatch import exchange
 from megatron_moe.model.moe.dispatch.alltoall import turned
+from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.groups import rank, size
 
 Counts = list[list[int]]
@@ -21,12 +22,18 @@ Counts = list[list[int]]
 
 
 def start(
-    rows: Tensor, send_counts: list[int], receive_counts: list[int], group: Any, ranks_per_node: int
+    rows: Tensor,
+    send_counts: list[int],
+    receive_counts: list[int],
+    group: Any,
+    ranks_per_node: int,
+    times: TransferTimes | None = None,
 ) -> Pending:
     """As `exchange.start`. What is computed before `wait` hides the way inside the nodes.
 
     Args:
         ranks_per_node: consecutive ranks of the group that lie in one node. Divides the group.
+        times: where it is measured how long it takes, both ways.
     """
     nodes = size(group) // ranks_per_node
     node, place = divmod(rank(group), ranks_per_node)
@@ -41,7 +48,7 @@ def start(
         between[0][first + place] = sum(counts[other] for counts in passing)
         between[1][first + place] = sum(receive_counts[first : first + ranks_per_node])
     sorted_rows = turned(rows, send_counts, nodes, ranks_per_node)
-    return Pending(exchange.start(sorted_rows, *inside, group), passing, between, group)
+    return Pending(exchange.start(sorted_rows, *inside, group, times), passing, between, group, times)
 
 
 class Pending:
@@ -52,18 +59,25 @@ class Pending:
         passing: how many rows each rank of the node sends through this one to each node.
         between: what this rank sends to and gets from each rank between nodes.
         group: the process group.
+        times: where it is measured how long it takes.
     """
 
     def __init__(
-        self, inside: exchange.Pending, passing: Counts, between: tuple[list[int], list[int]], group: Any
+        self,
+        inside: exchange.Pending,
+        passing: Counts,
+        between: tuple[list[int], list[int]],
+        group: Any,
+        times: TransferTimes | None,
     ) -> None:
-        self._inside, self._passing, self._between, self._group = inside, passing, between, group
+        self._inside, self._passing, self._between = inside, passing, between
+        self._group, self._times = group, times
 
     def wait(self) -> Tensor:
         """[sum of receive_counts, ..], those of rank 0 first. To be called once."""
         counts = [count for line in self._passing for count in line]
         rows = turned(self._inside.wait(), counts, len(self._passing), len(self._passing[0]))
-        return exchange.exchange(rows, *self._between, self._group)
+        return exchange.exchange(rows, *self._between, self._group, self._times)
 
 
 def _passing(send_counts: list[int], group: Any, ranks_per_node: int, device: torch.device) -> Counts:
