@@ -9,28 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.config.schema import Experiment, MoE
+from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.checkpoint import unwrap
-from megatron_moe.model.moe.capacity import capacity
+from megatron_moe.model.moe.layer_sums import COLUMNS, layer_sums
 from megatron_moe.model.moe.statistics import NUMBERS
 
 if TYPE_CHECKING:
     from megatron_moe.model.moe.router import Router
-
-COLUMNS = (
-    "microbatches",
-    "assigned",
-    "dropped",
-    "would_drop",
-    "aux_loss",
-    "z_loss",
-    "entropy",
-    "top1",
-    "top2",
-    "top3",
-    "tokens",
-    "not_finite",
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +69,7 @@ def local_sums(experiment: Experiment, chunks: list[torch.nn.Module], device: to
     dist.all_reduce(rows, group=group)
     # Now each rank of the group has the whole microbatch; one of them speaks for it.
     if group.rank() == 0:
-        total[numbers] = _layer_sums(rows, moe)
+        total[numbers] = layer_sums(rows, moe)
     return LocalSums(total, not_finite)
 
 
@@ -109,26 +94,3 @@ def routers_of(chunk: torch.nn.Module) -> list[Router]:
     from megatron_moe.model.moe.router import Router
 
     return [module for module in unwrap(chunk).modules() if isinstance(module, Router)]
-
-
-def _layer_sums(rows: Tensor, moe: MoE) -> Tensor:
-    """[layers, e + len(COLUMNS)] from the rows [layers, m, width] of their microbatches (see
-    `model.moe.statistics`)."""
-    e, k = moe.num_moe_experts, moe.moe_router_topk
-    routed, kept, scores, numbers = rows.split([e, e, e, len(NUMBERS)], dim=-1)
-    number = dict(zip(NUMBERS, numbers.unbind(-1), strict=True))
-    tokens = number["tokens"]
-    tokens_or_one = tokens.clamp(min=1.0)
-    limit = torch.as_tensor(capacity(tokens, k, e, moe.moe_would_drop_capacity_factor))
-    columns = {
-        "microbatches": torch.ones_like(tokens),
-        "assigned": routed.sum(-1),
-        "dropped": (routed - kept).sum(-1),
-        "would_drop": (routed - limit.unsqueeze(-1)).clamp(min=0).sum(-1),
-        # Switch Transformer, eq. 4, with f the fraction of assignments: e * sum_j f_j P_j.
-        "aux_loss": e * (routed * scores).sum(-1) / (k * tokens_or_one.square()),
-        "z_loss": number["z_squares"] / tokens_or_one,
-        **{name: number[name] for name in COLUMNS if name in number},
-    }
-    of_microbatches = torch.stack([columns[name] for name in COLUMNS], dim=-1)
-    return torch.cat([routed, of_microbatches], dim=-1).sum(1)

@@ -40,6 +40,9 @@ class Balancing(ExactBuffers):
         mean_tokens: [] valid tokens of the coming global batch over its microbatches, set before an iteration
             for the loss over the global batch; None: each microbatch takes its own.
         values: what the balancing losses came to, [losses] float64 a microbatch.
+        is_attached: the gate weights bring the losses' gradients; else `collected` has them.
+        collected: [] sum of the losses of the last microbatch, times their coefficients, differentiable; 0
+            where there are none.
 
     Buffers:
         previous_fractions: [e] float64, each expert's share of the previous global batch's assignments, 1/e
@@ -58,6 +61,7 @@ class Balancing(ExactBuffers):
         self.z_coefficient = coefficient(moe.moe_z_loss_coeff)
         self.mean_tokens: Tensor | None = None
         self.values: list[Tensor] = []
+        self.is_attached, self.collected = True, torch.zeros(())
         even = torch.full((moe.num_moe_experts,), 1 / moe.num_moe_experts, dtype=torch.float64)
         self.register_buffer("previous_fractions", even if OF_GLOBAL_BATCH in self.coefficients else None)
 
@@ -69,16 +73,22 @@ class Balancing(ExactBuffers):
             scale: of the gradients, see `attached`.
         """
         given = LossInput(logits, choice, microbatch, self.moe, self.previous_fractions, self.mean_tokens)
-        weights, values = choice.weights, []
+        losses, values = [], []
         for name, factor in self.coefficients.items():
             loss = LOSSES[name](given)
             values.append(loss.detach().double())
             if not factor.is_off:
-                weights = attach(weights, factor(loss), scale)
+                losses.append(factor(loss))
         if values:
             self.values.append(torch.stack(values))
         if not self.z_coefficient.is_off:
-            weights = attach(weights, self.z_coefficient(z_loss(given)), scale)
+            losses.append(self.z_coefficient(z_loss(given)))
+        if not self.is_attached:
+            self.collected = torch.stack(losses).sum() if losses else torch.zeros((), device=logits.device)
+            return choice.weights
+        weights = choice.weights
+        for loss in losses:
+            weights = attach(weights, loss, scale)
         return weights
 
     def take_values(self) -> Tensor:
