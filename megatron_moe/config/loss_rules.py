@@ -47,7 +47,7 @@ def coefficient_for_each_loss(e: Experiment) -> Problems:
 
 
 def load_loss_needs_noise(e: Experiment) -> Problems:
-    """How many tokens an expert would get if the noise were drawn again is a question to a gate with noise."""
+    """How many tokens an expert would get if the noise were drawn again is a question to a noisy gate."""
     if e.moe is not None and "load_loss" in _names(e.moe) and e.moe.moe_router_gate != _NOISY:
         text = f"needs the noise of a gate, which {_GATE} does not draw"
         yield Problem((_LOSS, _GATE), text, f"set {_GATE} to {_NOISY}, or use importance_loss alone")
