@@ -70,7 +70,7 @@ def test_small_steps_are_kept_when_the_model_is_cast(
 
 def test_what_changes_is_saved_and_what_does_not_is_not() -> None:
     assert coefficient(0.3).state_dict() == {}
-    for setting in (AdaptiveCoefficient(), ScheduledCoefficient(start=1, end=0, iterations=7)):
+    for setting in (AdaptiveCoefficient(initial=1), ScheduledCoefficient(start=1, end=0, iterations=7)):
         made, other = coefficient(setting), coefficient(setting)
         values(made, [0.3, 0.4])
         other.load_state_dict(made.state_dict())

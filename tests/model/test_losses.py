@@ -134,5 +134,7 @@ def test_a_choice_that_was_not_made_does_not_count(name: str) -> None:
 
 def test_a_load_loss_without_noise_says_what_it_needs() -> None:
     seen = given(logits(), None)
-    with pytest.raises(ValueError, match="load_loss needs a gate that gives Choice.load, such as noisy_topk"):
+    with pytest.raises(
+        ValueError, match=r"load_loss needs a gate that gives Choice\.load, such as noisy_topk"
+    ):
         LOSSES["load_loss"](replace(seen, choice=replace(seen.choice, load=None)))
