@@ -127,17 +127,6 @@ def param_gather_needs_grad_reduce(e: Experiment) -> Problems:
         yield Problem((gather, reduce), f"needs {reduce}", f"set {reduce} to true too, or leave it out")
 
 
-def weights_gathered_before_use(e: Experiment) -> Problems:
-    """Megatron-Core gathers a module's weights as it calls the module, and reads this gate without a call."""
-    gather, core = "parallel.overlap_param_gather", "model.megatron_core."
-    gate, overlap = "moe_shared_expert_gate", "moe_shared_expert_overlap"
-    further = e.model.megatron_core
-    is_gated = e.moe is not None and e.moe.moe_shared_expert_gate
-    if e.parallel.overlap_param_gather and is_gated and further.get(overlap):
-        text = f"does not go with moe.{gate} and {core}{overlap} together"
-        yield Problem((gather, f"moe.{gate}", core + overlap), text, "set one of the three to false")
-
-
 def batch_over_replicas(e: Experiment) -> Problems:
     """A step is a whole number of microbatches on every replica; the interleaved schedule takes them PP at a
     time."""

@@ -12,22 +12,6 @@ from megatron_moe.config.rule import Problems, set_value
 from megatron_moe.config.schema import Experiment
 
 _PREFIX = "model.megatron_core."
-_SHARED = "moe.moe_shared_expert_intermediate_size"
-
-
-def shared_expert_options(e: Experiment) -> Problems:
-    """Options of shared experts need some, and their overlap needs the sends of all-to-all."""
-    if e.moe is None:
-        return
-    fields = e.model.megatron_core
-    if fields.get("moe_shared_expert_overlap") and e.moe.moe_shared_expert_intermediate_size is None:
-        key = f"{_PREFIX}moe_shared_expert_overlap"
-        yield Problem((key, _SHARED), f"has no effect without {_SHARED}", "set that, or leave this out")
-    dispatcher = "moe.moe_token_dispatcher_type"
-    if fields.get("moe_shared_expert_overlap") and e.moe.moe_token_dispatcher_type != "alltoall":
-        key = f"{_PREFIX}moe_shared_expert_overlap"
-        text = f"overlaps the sends of alltoall, which {dispatcher} is not"
-        yield Problem((key, dispatcher), text, f"set {dispatcher} to alltoall, or leave this out")
 
 
 def rotary_options(e: Experiment) -> Problems:

@@ -90,10 +90,7 @@ def _lacking(e: Experiment, module: str) -> str | None:
 
 def modules_can_be_recomputed(e: Experiment) -> Problems:
     """What Megatron-Core has no way to compute again."""
-    modules, overlap = set_value(e.recompute.modules), "model.megatron_core.moe_shared_expert_overlap"
-    if "shared_experts" in modules and e.model.megatron_core.get("moe_shared_expert_overlap"):
-        text = f"names shared_experts, which {overlap} computes in parts between the sends of tokens"
-        yield Problem((MODULES, overlap), text, f"{_ADVICE}, or leave the second one out")
+    modules = set_value(e.recompute.modules)
     if "layernorm" in modules and e.model.spec == "transformer_engine" and e.moe is None:
         text = "names layernorm, and the blocks of model.spec keep no output of norms in dense layers"
         yield Problem((MODULES, "model.spec"), text, _ADVICE)

@@ -113,11 +113,12 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
 
 def in_one_process(experiment: Experiment) -> list[str]:
     """The overrides that take an experiment's layout away."""
-    moe = experiment.moe
-    if moe is None or moe.moe_token_dispatcher_type != "flex":
-        return [*_ONE_PROCESS]
-    # One rank has nobody to send tokens to, which the kernels of the flex dispatcher refuse.
-    dispatcher = ["moe.moe_token_dispatcher_type=alltoall", "moe.moe_flex_dispatcher_backend=deepep"]
+    moe, dispatcher = experiment.moe, []
+    # One rank has nobody to send tokens to; rules refuse to say how.
+    if moe is not None and moe.moe_token_dispatcher_type == "flex":
+        dispatcher += ["moe.moe_token_dispatcher_type=alltoall", "moe.moe_flex_dispatcher_backend=deepep"]
+    if moe is not None and moe.moe_ranks_per_node is not None:
+        dispatcher.append("moe.moe_ranks_per_node=null")
     return [*_ONE_PROCESS, *dispatcher]
 
 

@@ -82,5 +82,7 @@ def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> 
         # The library's kernels are called by Megatron-Core's own layer.
         submodules.router = router_class(experiment.moe, seed)
     else:
-        settings = experiment.moe.model_copy(update={"moe_token_dispatcher_type": choice(experiment).dispatcher})
+        settings = experiment.moe.model_copy(
+            update={"moe_token_dispatcher_type": choice(experiment).dispatcher}
+        )
         parts.mlp = layer_class(settings, seed, submodules)

@@ -8,7 +8,6 @@ GRANULARITY, COUNTS = "recompute.granularity", "recompute.layers_per_stage"
 MODULES, METHOD = "recompute.modules", "recompute.method"
 SHARED = "moe.moe_shared_expert_intermediate_size"
 GATHER, REDUCE = "parallel.overlap_param_gather", "parallel.overlap_grad_reduce"
-CORE = "model.megatron_core.moe_shared_expert_"
 TE = "model.spec=transformer_engine"
 
 RECOMPUTE_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
@@ -70,14 +69,6 @@ RECOMPUTE_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     ),
     (
         "modules_can_be_recomputed",
-        MOE,
-        [f"{MODULES}=[shared_experts]", f"{SHARED}=32", f"{CORE}overlap=true"],
-        [f"{CORE}overlap=false"],
-        MODULES,
-        f"names shared_experts, which {CORE}overlap (true, override) computes in parts",
-    ),
-    (
-        "modules_can_be_recomputed",
         DENSE,
         [f"{MODULES}=[layernorm]", TE],
         ["model.spec=native"],
@@ -99,13 +90,5 @@ RECOMPUTE_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{REDUCE}=true"],
         GATHER,
         f"needs {REDUCE} (false, default)",
-    ),
-    (
-        "weights_gathered_before_use",
-        MOE,
-        [f"{GATHER}=true", f"{REDUCE}=true", f"{SHARED}=32", f"{CORE}overlap=true", f"{CORE}gate=true"],
-        [f"{GATHER}=false"],
-        GATHER,
-        f"does not go with {CORE}gate (true, override) and {CORE}overlap (true, override)",
     ),
 ]

@@ -8,6 +8,7 @@ import pytest
 from capacity_rule_cases import CAPACITY_CASES
 from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
+from dispatch_rule_cases import DISPATCH_CASES
 from experiment_files import DENSE, MOE, problems
 from loss_rule_cases import LOSS_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
@@ -126,18 +127,6 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [f"{CP}=2"],
         TP,
         "is more than 1,000,000 ranks",
-    ),
-    (
-        "shared_expert_options",
-        MOE,
-        [
-            f"{M}moe_shared_expert_overlap=true",
-            "moe.moe_shared_expert_intermediate_size=32",
-            "moe.moe_token_dispatcher_type=allgather",
-        ],
-        ["moe.moe_token_dispatcher_type=alltoall"],
-        f"{M}moe_shared_expert_overlap",
-        "overlaps the sends of alltoall, which moe.moe_token_dispatcher_type",
     ),
     (
         "rotary_options",
@@ -379,6 +368,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *OPTIMIZER_CASES,
     *TOKENIZER_CASES,
     *DEVICE_CASES,
+    *DISPATCH_CASES,
     *RECOMPUTE_CASES,
     *ROUTER_CASES,
     *LOSS_CASES,
