@@ -58,19 +58,15 @@ def run_part(folder: Path, part: str, experiment: Experiment, steps: int, tolera
 
 
 def without_draws(experiment: Experiment) -> tuple[Experiment, list[str]]:
-    """The experiment without what draws random numbers while it trains, and the keys that were switched
-    off."""
-    model, moe, jitter = experiment.model, experiment.moe, "moe_input_jitter_eps"
+    """The experiment without what draws from a rank's random state while it trains, and the keys that were
+    switched off. Routers draw by the position of a token, the same in every layout."""
+    model, moe = experiment.model, experiment.moe
     off = {name: 0.0 for name in ("hidden_dropout", "attention_dropout") if getattr(model, name)}
     names = [f"model.{name}" for name in off]
-    further = dict(model.megatron_core)
-    if further.pop(jitter, None):
-        names.append(f"model.megatron_core.{jitter}")
     if moe is not None and moe.moe_expert_dropout:
         names.append("moe.moe_expert_dropout")
         moe = moe.model_copy(update={"moe_expert_dropout": 0.0})
-    changed = model.model_copy(update={**off, "megatron_core": further})
-    return experiment.model_copy(update={"model": changed, "moe": moe}), names
+    return experiment.model_copy(update={"model": model.model_copy(update=off), "moe": moe}), names
 
 
 def record(trainer: Trainer, steps: int, folder: Path) -> None:

@@ -28,7 +28,8 @@ def build(experiment: Experiment) -> Router:
     )
     router.set_layer_number(1)
     generator = torch.Generator().manual_seed(4)
-    router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.3
+    for parameter in router.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return router
 
 
@@ -36,7 +37,7 @@ def route(
     experiment: Experiment, hidden: Tensor, padding: Tensor | None, whole_mask: bool
 ) -> dict[str, Tensor]:
     """Gate weights, kept assignments and the gradient of the input, all tokens in one process's order; the
-    weight's gradient; the row of statistics: summed over the ranks.
+    weights' gradients, one under the other; the row of statistics: summed over the ranks.
 
     Args:
         hidden: [s, b, h] of all tokens.
@@ -54,16 +55,18 @@ def route(
     mine = hidden[places].clone().requires_grad_()
     probs, kept = router(mine, mask).dense(router.moe.num_moe_experts)
     upstream = torch.randn(*hidden.shape[:2], probs.size(-1), generator=torch.Generator().manual_seed(8))
-    (probs * upstream[places].flatten(0, 1)).sum().backward()
+    if probs.requires_grad:
+        (probs * upstream[places].flatten(0, 1)).sum().backward()
 
     shape = (len(hidden), hidden.size(1), -1)
     result = {
         "statistics": router.statistics.take(),
-        "weight": router.weight.grad,
         "probs": _spread(probs.detach(), places, shape),
         "kept": _spread(kept.float(), places, shape),
-        "input": _spread(mine.grad.flatten(0, 1), places, shape),
     }
+    if weights := list(router.parameters()):
+        result["weight"] = torch.cat([weight.grad for weight in weights])
+        result["input"] = _spread(mine.grad.flatten(0, 1), places, shape)
     for value in result.values():
         torch.distributed.all_reduce(value)
     return result

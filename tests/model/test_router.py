@@ -11,6 +11,7 @@ from distributed import ranks
 from experiments import experiment, layout
 from torch import Tensor
 
+from megatron_moe.model.moe.marks import TOKEN_BITS, mark
 from megatron_moe.model.moe.statistics import NUMBERS
 
 S, B, E, K = 16, 2, 4, 2
@@ -19,6 +20,17 @@ POLICIES: dict[str, dict[str, Any]] = {
     "dropless": {},
     "probs": {"moe_expert_capacity_factor": 0.7},
     "position": {"moe_expert_capacity_factor": 0.7, "moe_token_drop_policy": "position"},
+}
+SIGMOID = {"moe_router_score_function": "sigmoid"}
+GATES: dict[str, dict[str, Any]] = {
+    "noisy": {"moe_router_gate": "noisy_topk", "moe_input_jitter_eps": 0.2},
+    "switch": {"moe_router_gate": "switch", "moe_router_topk": 1, "moe_input_jitter_eps": 0.2},
+    "gshard": {"moe_router_gate": "gshard", "moe_expert_capacity_factor": 0.7},
+    "sinkhorn": {"moe_router_gate": "sinkhorn"},
+    "swipe": {"moe_router_gate": "swipe", "moe_num_device_groups": 2, **SIGMOID},
+    "hash": {"moe_router_gate": "hash", "moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.0},
+    "forced": {"moe_router_gate": "forced_balance", "moe_router_logit_normalization": 2.0},
+    "groups": {"moe_router_num_groups": 2, "moe_router_group_topk": 1, **SIGMOID},
 }
 LAYOUTS = {"TP2": (2, layout(tp=2)), "CP2": (2, layout(cp=2)), "TP2 x CP2": (4, layout(tp=2, cp=2))}
 
@@ -53,6 +65,22 @@ def test_every_layout_decides_the_same(policy: str, padded: bool, name: str) -> 
         torch.testing.assert_close(
             many[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_decides_the_same_in_every_layout(gate: str) -> None:
+    """What it draws, too, with padding in between."""
+    numbers = torch.arange(B * S).view(B, S) * 37 % 250
+    marks = mark(padding(), numbers, torch.arange(B * S).view(B, S) + 1000)
+    one = routed(GATES[gate], marks)
+    for world, parallel in (LAYOUTS["TP2"], LAYOUTS["TP2 x CP2"]):
+        many = routed(GATES[gate], marks, world, parallel=parallel)
+        assert torch.equal(many["kept"], one["kept"])
+        for key, value in one.items():
+            torch.testing.assert_close(many[key], value, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if GATES[gate].get("moe_input_jitter_eps") or gate in ("gshard", "forced"):
+        later = routed(GATES[gate], marks + (S << TOKEN_BITS))
+        assert not torch.equal(later["probs"], one["probs"]), "another iteration draws anew"
 
 
 def test_a_mask_of_all_tensor_parallel_ranks() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gate_cases
 import verify_on_ranks as on_ranks
 from distributed import ranks
 from experiments import MOE, experiment, layout
@@ -32,6 +33,7 @@ def stages(text: str) -> Sections:
 
 
 LAYOUTS: dict[str, Sections] = {
+    **gate_cases.GATE_LAYOUTS,
     # two ranks
     "DP2": {"parallel": layout(dp=2)},
     "TP2 dense, no SP": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
@@ -130,7 +132,13 @@ LAYOUTS: dict[str, Sections] = {
     "PP4 embedding and loss alone": {"parallel": layout(pp=4), **stages("E|(tt|)*2,L")},
 }
 
-SECOND_PAIR = ("ETP2 biases", "PP2 VPP2 uneven", "TP2 CP2 EP2", "PP4 tied")
+SECOND_PAIR = (
+    *gate_cases.SECOND_PAIR,
+    "ETP2 biases",
+    "PP2 VPP2 uneven",
+    "TP2 CP2 EP2",
+    "PP4 tied",
+)
 """Those that the tests run on the second version pair too; `make verify` there runs all."""
 
 
