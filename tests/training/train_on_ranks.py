@@ -186,31 +186,6 @@ def rates(experiment: Experiment, run: Path) -> list[tuple[float, float]]:
     return found
 
 
-def balancing_losses(experiment: Experiment, run: Path) -> tuple[float, float]:
-    """`moe/aux_loss` of the first step, and the mean over layers and microbatches of what Megatron-Core's own
-    router computes as its loss, coefficient taken off. For one process."""
-    from megatron.core.transformer.moe import router as megatron_router
-
-    from megatron_moe.model.moe.router import Router
-
-    assert experiment.moe is not None
-    trainer = begin(experiment, run)
-    seen: list[float] = []
-    attach = Router.attach_and_log_load_balancing_loss
-
-    def watch(self: Any, activation: Any, coefficient: float, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(float(loss) / coefficient)
-        return attach(self, activation, coefficient, loss, *args, **kwargs)
-
-    assert issubclass(Router, megatron_router.TopKRouter)
-    Router.attach_and_log_load_balancing_loss = watch  # type: ignore[method-assign]
-    try:
-        record = trainer.step(trainer.microbatches(trainer.datasets.train, 0, shuffle=True))
-    finally:
-        Router.attach_and_log_load_balancing_loss = attach  # type: ignore[method-assign]
-    return record["moe/aux_loss"], sum(seen) / len(seen)
-
-
 def saves_on_a_full_disk(experiment: Experiment, run: Path) -> tuple[str, list[str], int]:
     """The words with which a save ends where no file may grow beyond 20 kB, what lies in the checkpoints'
     folder then, and the iteration that is saved when it may again."""
