@@ -123,6 +123,9 @@ class Experts(torch.nn.Module):
         To be called anew in each forward pass. The gradients of all parts are put together in one piece, when
         the last of them is there.
         """
+        # Weights that are still being gathered are waited for in such hooks.
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
         whole = self._weights()
         parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in whole), strict=True)
         return [partial(self._compute, Weights(*part)) for part in parts]
@@ -131,8 +134,8 @@ class Experts(torch.nn.Module):
         return Weights(
             self.linear_fc1,
             self.linear_fc2,
-            None if self.bias_fc1 is None else self.bias_fc1.bias,
-            None if self.bias_fc2 is None else self.bias_fc2.bias,
+            None if self.bias_fc1 is None else self.bias_fc1(),
+            None if self.bias_fc2 is None else self.bias_fc2(),
         )
 
     def _compute(
