@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import dispatch_cases
 import gate_cases
 import verify_on_ranks as on_ranks
 from distributed import ranks
@@ -33,6 +34,7 @@ def stages(text: str) -> Sections:
 
 
 LAYOUTS: dict[str, Sections] = {
+    **dispatch_cases.DISPATCH_LAYOUTS,
     **gate_cases.GATE_LAYOUTS,
     # two ranks
     "DP2": {"parallel": layout(dp=2)},
@@ -133,6 +135,7 @@ LAYOUTS: dict[str, Sections] = {
 }
 
 SECOND_PAIR = (
+    *dispatch_cases.SECOND_PAIR,
     *gate_cases.SECOND_PAIR,
     "ETP2 biases",
     "PP2 VPP2 uneven",
