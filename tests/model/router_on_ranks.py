@@ -37,7 +37,8 @@ def route(
     experiment: Experiment, hidden: Tensor, padding: Tensor | None, whole_mask: bool
 ) -> dict[str, Tensor]:
     """Gate weights, kept assignments and the gradient of the input, all tokens in one process's order; the
-    weights' gradients, one under the other; the row of statistics: summed over the ranks.
+    weights' gradients, one under the other; the row of statistics; the balancing losses' values: summed over
+    the ranks, of the last the mean.
 
     Args:
         hidden: [s, b, h] of all tokens.
@@ -61,6 +62,8 @@ def route(
     shape = (len(hidden), hidden.size(1), -1)
     result = {
         "statistics": router.statistics.take(),
+        # Every rank has the whole value.
+        "losses": router.balancing.take_values() / torch.distributed.get_world_size(),
         "probs": _spread(probs.detach(), places, shape),
         "kept": _spread(kept.float(), places, shape),
     }
