@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import capacity_cases
 import dispatch_cases
 import gate_cases
+import loss_cases
 import verify_on_ranks as on_ranks
 from distributed import ranks
 from experiments import MOE, experiment, layout
@@ -34,8 +36,10 @@ def stages(text: str) -> Sections:
 
 
 LAYOUTS: dict[str, Sections] = {
+    **capacity_cases.CAPACITY_LAYOUTS,
     **dispatch_cases.DISPATCH_LAYOUTS,
     **gate_cases.GATE_LAYOUTS,
+    **loss_cases.LOSS_LAYOUTS,
     # two ranks
     "DP2": {"parallel": layout(dp=2)},
     "TP2 dense, no SP": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
@@ -47,8 +51,6 @@ LAYOUTS: dict[str, Sections] = {
     },
     "TP2 EP1": {"parallel": layout(tp=2, expert_model_parallel_size=1)},
     "EP2": {"parallel": layout(dp=2, **EP2)},
-    "EP2 drops": {"parallel": layout(dp=2, **EP2), "moe": {**MOE, "moe_expert_capacity_factor": 1.0}},
-    "EDP drops": {"parallel": layout(tp=2), "moe": {**MOE, "moe_expert_capacity_factor": 1.0}},
     "EDP shared experts, allgather": {
         "parallel": layout(tp=2),
         "moe": {**MOE, "moe_shared_expert_intermediate_size": 32, "moe_token_dispatcher_type": "allgather"},
@@ -88,10 +90,6 @@ LAYOUTS: dict[str, Sections] = {
     "ETP2 biases": {"parallel": layout(tp=2, **ETP2), "model": BIASES},
     "ETP2 over DP2": {"parallel": layout(dp=2, **ETP2)},
     "CP2 one key head": {"parallel": layout(cp=2), "model": {"num_query_groups": 1}},
-    "CP2 drops the last": {
-        "parallel": layout(cp=2),
-        "moe": {**MOE, "moe_expert_capacity_factor": 1.0, "moe_token_drop_policy": "position"},
-    },
     "PP2": {"parallel": layout(pp=2)},
     "PP2 uneven, recompute": {
         "parallel": layout(pp=2),
@@ -103,10 +101,6 @@ LAYOUTS: dict[str, Sections] = {
     "PP2 VPP2 uneven": {"parallel": layout(pp=2), **stages("Et|t|tt|L")},
     # four ranks
     "TP2 CP2 EP2": {"parallel": layout(tp=2, cp=2, **EP2)},
-    "TP2 CP2 EP4 drops": {
-        "parallel": layout(tp=2, cp=2, **EP4),
-        "moe": {**MOE, "moe_expert_capacity_factor": 0.8},
-    },
     "TP2 DP2 EP4": {"parallel": layout(tp=2, dp=2, **EP4)},
     "TP2 DP2 ETP2 EP2": {
         "parallel": layout(tp=2, dp=2, expert_model_parallel_size=2, expert_tensor_parallel_size=2)
@@ -135,6 +129,7 @@ LAYOUTS: dict[str, Sections] = {
 }
 
 SECOND_PAIR = (
+    *capacity_cases.SECOND_PAIR,
     *dispatch_cases.SECOND_PAIR,
     *gate_cases.SECOND_PAIR,
     "ETP2 biases",
