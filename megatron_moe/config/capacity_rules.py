@@ -28,11 +28,15 @@ def capacity_that_is_used(e: Experiment) -> Problems:
         yield Problem((would_drop, _FACTOR), text, f"leave {would_drop} out")
 
 
-def parts_of_padded_experts(e: Experiment) -> Problems:
-    """An expert that is computed in parts would be filled up in each."""
-    moe, degree = e.moe, "moe.moe_overlap_degree"
+def padded_experts(e: Experiment) -> Problems:
+    """An expert that is computed in parts would be filled up in each, and who sends tokens by the library of
+    `flex` does not fill up."""
+    moe, degree, dispatcher = e.moe, "moe.moe_overlap_degree", "moe.moe_token_dispatcher_type"
     if moe is None or not moe.moe_pad_expert_input_to_capacity:
         return
+    if moe.moe_token_dispatcher_type == "flex":
+        text = f"does not go with flex in {dispatcher}, whose layer is Megatron-Core's"
+        yield Problem((_PADDED, dispatcher), text, f"leave {_PADDED} out, or use alltoall")
     local = moe.num_moe_experts // set_value(e.parallel.expert_model_parallel_size)
     if moe.moe_overlap_degree > max(local, 1):
         text = f"cuts experts in parts, each of which {_PADDED} would fill up"
