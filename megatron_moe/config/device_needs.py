@@ -72,8 +72,6 @@ def needs_of(e: Experiment) -> Iterator[Need]:
         yield Need("model.apply_rope_fusion", package=transformer_engine(1, 4))
     if moe is not None and moe.moe_permute_fusion:
         yield Need("moe.moe_permute_fusion", package=transformer_engine(2, 1))
-    if moe is not None and moe.moe_router_fusion:
-        yield Need("moe.moe_router_fusion", package=transformer_engine(2, 7))
     if moe is not None and moe.moe_token_dispatcher_type == "flex":
         backend = DEEP_EP[moe.moe_flex_dispatcher_backend]
         yield Need("moe.moe_token_dispatcher_type", "use alltoall", backend)

@@ -26,7 +26,6 @@ OF_MODELS = {
     "moe_layer_freq": "it says which layers of a model are MoE",
     "moe_first_k_dense_layers": "it says which layers of a model are MoE",
     "moe_permute_fusion": "it needs Megatron-Core's own layer",
-    "moe_router_fusion": "it needs Megatron-Core's own layer",
     "moe_flex_dispatcher_backend": "it needs Megatron-Core's own layer",
     "overlap_moe_expert_parallel_comm": "it needs Megatron-Core's schedule",
 }

@@ -74,7 +74,7 @@ NOT_SETTABLE: dict[str, str] = {
     r"glu_linear_offset|activation_func_clamp_value|use_fused_weighted_squared_relu": _EXPERTS,
     r"moe_apply_probs_on_input|moe_token_dropping|moe_enable_routing_replay": _EXPERTS,
     r"moe_latent_size|moe_router_padding_for_\w+|moe_router_quantile_balancing_ema": _EXPERTS,
-    r"moe_use_legacy_grouped_gemm|moe_router_force_biased": _EXPERTS,
+    r"moe_use_legacy_grouped_gemm|moe_router_force_biased|moe_router_fusion": _EXPERTS,
     r"apply_residual_connection_post_layernorm|async_tensor_model_parallel_allreduce": _IGNORED,
     r"\w*cuda_graph\w*|(use_)?inference_\w+|nccl_all_reduce_for_prefill|mlp_chunks_for_\w+": _SERVING,
     r"symmetric_ar_type|batch_invariant_mode|high_priority_a2a_comm_stream": _SERVING,

@@ -29,10 +29,11 @@ ALLOWED: dict[str, str] = {
     r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model": (
         "files may move; their hashes are compared"
     ),
-    r"moe\.(moe_token_dispatcher_type|moe_flex_dispatcher_backend)": (
+    r"moe\.(moe_token_dispatcher_type|moe_flex_dispatcher_backend|moe_overlap_degree|moe_shadowing.*)": (
         "how tokens travel does not change what is computed"
     ),
-    r"training\.gradient_accumulation_fusion|model\.apply_rope_fusion|moe\.moe_(permute|router)_fusion": (
+    r"moe\.(moe_shared_expert_overlap|overlap_moe_expert_parallel_comm)": "when it is computed is not what",
+    r"training\.gradient_accumulation_fusion|model\.apply_rope_fusion|moe\.moe_permute_fusion": (
         "another kernel computes the same"
     ),
     # But where it drives coefficients: see below.

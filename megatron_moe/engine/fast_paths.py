@@ -99,7 +99,7 @@ _ROWS: tuple[_Row, ...] = (
     (
         "Transformer Engine",
         _with("transformer-engine", (0, 0)),
-        "native blocks only; RoPE, permutation and router unfused",
+        "native blocks only; RoPE and permutation unfused",
         f"{transformer_engine().source}; then model.spec: transformer_engine",
     ),
     (

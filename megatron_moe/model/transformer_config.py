@@ -29,6 +29,10 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
     """
     from megatron.core.transformer import TransformerConfig
 
+    moe = experiment.moe
+    if moe is not None and moe.overlap_moe_expert_parallel_comm and dtype == torch.float32:
+        keys = "moe.overlap_moe_expert_parallel_comm needs bf16, and training.precision"
+        raise InputError(f"{keys} ({experiment.training.precision}) is fp32 on this machine: set it to bf16")
     fields = (
         _model_fields(experiment, dtype)
         | _moe_fields(experiment)
@@ -115,6 +119,7 @@ def _moe_fields(experiment: Experiment) -> dict[str, Any]:
         "moe_shared_expert_gate": moe.moe_shared_expert_gate,
         # All others are ours.
         "moe_token_dispatcher_type": "flex" if moe.moe_token_dispatcher_type == "flex" else "alltoall",
+        "overlap_moe_expert_parallel_comm": moe.overlap_moe_expert_parallel_comm,
     }
 
 
@@ -175,7 +180,6 @@ def _device_fields(experiment: Experiment) -> dict[str, Any]:
     if moe is not None:
         fields |= {
             "moe_permute_fusion": moe.moe_permute_fusion,
-            "moe_router_fusion": moe.moe_router_fusion,
             "moe_flex_dispatcher_backend": moe.moe_flex_dispatcher_backend,
         }
     return fields

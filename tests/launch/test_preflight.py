@@ -37,7 +37,6 @@ KEYS: dict[str, tuple[list[str], str | None]] = {
     "model.spec": ([SPEC], TE),
     "model.apply_rope_fusion": (["model.apply_rope_fusion=true"], TE),
     "moe.moe_permute_fusion": (["moe.moe_permute_fusion=true"], TE),
-    "moe.moe_router_fusion": (["moe.moe_router_fusion=true"], TE),
     "moe.moe_token_dispatcher_type": (["moe.moe_token_dispatcher_type=flex"], DEEP_EP),
     "recompute.cpu_offloading_num_layers": ([SPEC, "recompute.cpu_offloading_num_layers=2"], TE),
     "optimizer.use_precision_aware_optimizer": (["optimizer.use_precision_aware_optimizer=true"], TE),
@@ -131,11 +130,11 @@ def test_fp8_needs_units_for_it(
 
 
 def test_an_old_transformer_engine(installed: Install, file: Path) -> None:
-    installed(transformer_engine="2.1.0+abc")
-    loaded = load(file, ["moe.moe_router_fusion=true", "moe.moe_permute_fusion=true"])
+    installed(transformer_engine="2.0.0+abc")
+    loaded = load(file, ["model.apply_rope_fusion=true", "moe.moe_permute_fusion=true"])
     (line,) = lacks(loaded, HOPPER)
     assert (
-        "moe.moe_router_fusion: true needs transformer_engine 2.7 or newer, and 2.1.0+abc is installed"
+        "moe.moe_permute_fusion: true needs transformer_engine 2.1 or newer, and 2.0.0+abc is installed"
         in line
     )
 

@@ -78,7 +78,6 @@ ROWS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     ({"model": {"apply_rope_fusion": True}}, {"apply_rope_fusion": True}),
     ({"moe": {**MOE, "moe_permute_fusion": True}}, {"moe_permute_fusion": True}),
-    ({"moe": {**MOE, "moe_router_fusion": True}}, {"moe_router_fusion": True}),
     (
         {
             "moe": {**MOE, "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},

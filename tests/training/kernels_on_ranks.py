@@ -37,17 +37,6 @@ def _kernels() -> dict[str, Callable[..., Any]]:
     def sort_chunks(tokens: Tensor, probs: Tensor, sizes: Tensor, order: Tensor) -> Any:
         return moe_utils.sort_chunks_by_idxs(tokens, sizes, order, probs=probs)
 
-    def aux_loss(
-        probs: Tensor,
-        tokens_per_expert: Tensor,
-        total_num_tokens: Any,
-        topk: int,
-        num_experts: int,
-        coeff: float,
-    ) -> Tensor:
-        scale = num_experts * coeff / (topk * total_num_tokens * total_num_tokens)
-        return (probs.sum(0) * tokens_per_expert).sum() * scale
-
     def accumulate(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
         main_grad += grad_output.t() @ inputs
 
@@ -58,9 +47,6 @@ def _kernels() -> dict[str, Callable[..., Any]]:
         "fused_sort_chunks_by_index": lambda *args: moe_utils.sort_chunks_by_idxs(*args)[0],
         "fused_sort_chunks_by_index_with_probs": sort_chunks,
         "fused_unpermute": unpermute,
-        "fused_topk_with_score_function": moe_utils.topk_routing_with_score_function,
-        "fused_compute_score_for_moe_aux_loss": moe_utils.compute_routing_scores_for_aux_loss,
-        "fused_moe_aux_loss": aux_loss,
         "wgrad_gemm_accum_fp32": accumulate,
     }
 

@@ -22,10 +22,6 @@ KEYS: dict[str, tuple[str, set[str]]] = {
             "fused_sort_chunks_by_index_with_probs",
         },
     ),
-    "moe_router_fusion": (
-        "moe",
-        {"fused_topk_with_score_function", "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss"},
-    ),
     "gradient_accumulation_fusion": ("training", {"wgrad_gemm_accum_fp32"}),
 }
 

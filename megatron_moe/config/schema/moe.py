@@ -191,5 +191,3 @@ class MoE(Section):
     """Copy overloaded experts for an iteration (FasterMoE). Leave the section out for none."""
     moe_permute_fusion: bool = False
     """Sort tokens by expert in one kernel. Needs Transformer Engine and a GPU."""
-    moe_router_fusion: bool = False
-    """Choose experts in one kernel. Needs Transformer Engine and a GPU."""
