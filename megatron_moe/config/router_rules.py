@@ -15,6 +15,7 @@ _GATE, _TOPK, _EXPERTS = "moe.moe_router_gate", "moe.moe_router_topk", "moe.num_
 _GROUPS, _CHOSEN = "moe.moe_router_num_groups", "moe.moe_router_group_topk"
 _SCORE, _BEFORE = "moe.moe_router_score_function", "moe.moe_router_pre_softmax"
 _BIAS, _RATE = "moe.moe_router_enable_expert_bias", "moe.moe_router_bias_update_rate"
+_JITTER = "moe.moe_input_jitter_eps"
 _NORMALIZATION = "moe.moe_router_logit_normalization"
 _LOSS, _Z_LOSS = "moe.moe_router_load_balancing_type", "moe.moe_z_loss_coeff"
 
@@ -31,7 +32,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     _CHOSEN: ("topk",),
     _BIAS: ("topk",),
     _NORMALIZATION: _HAS_LOGITS,
-    "moe.moe_input_jitter_eps": _HAS_LOGITS,
+    _JITTER: _HAS_LOGITS,
     "moe.moe_router_init_scale": _HAS_LOGITS,
     "moe.moe_router_dtype": _HAS_LOGITS,
     _Z_LOSS: _HAS_LOGITS,
@@ -159,10 +160,21 @@ def vocabulary_of_marked_tokens(e: Experiment) -> Problems:
     """A token's number travels to routers that hash or draw in a field of so many bits."""
     if e.moe is None or not (e.moe.moe_router_gate in MARKED or e.moe.moe_input_jitter_eps):
         return
-    key = _GATE if e.moe.moe_router_gate in MARKED else "moe.moe_input_jitter_eps"
+    key = _GATE if e.moe.moe_router_gate in MARKED else _JITTER
     if set_value(e.model.vocab_size) > TOKENS:
         text = f"is more than the {TOKENS:,} numbers that {key} can tell apart"
         yield Problem(("model.vocab_size", key), text, f"use a vocabulary of at most {TOKENS:,} numbers")
+
+
+def marked_tokens_reach_routers(e: Experiment) -> Problems:
+    """Megatron-Core's own layer, which calls the kernels of the flex dispatcher, tells its router of padding
+    and no more."""
+    if e.moe is None or not (e.moe.moe_router_gate in MARKED or e.moe.moe_input_jitter_eps):
+        return
+    key, dispatcher = _GATE if e.moe.moe_router_gate in MARKED else _JITTER, "moe.moe_token_dispatcher_type"
+    if e.moe.moe_token_dispatcher_type == "flex":
+        text = f"goes by tokens' positions or numbers, which {dispatcher} does not bring to the router"
+        yield Problem((key, dispatcher), text, f"set {dispatcher} to alltoall, or leave this out")
 
 
 def _is_set(moe: MoE, key: str) -> bool:

@@ -53,6 +53,7 @@ RULES: list[Rule] = [
     router_rules.logit_normalization,
     router_rules.workers_of_swipe,
     router_rules.vocabulary_of_marked_tokens,
+    router_rules.marked_tokens_reach_routers,
     loss_rules.losses_named_once,
     loss_rules.coefficient_for_each_loss,
     loss_rules.load_loss_needs_noise,

@@ -209,10 +209,12 @@ def _mixture(experiment: Experiment) -> list[Weights]:
     inner_width = moe.moe_ffn_hidden_size
     first_width = _first_width(moe.moe_expert_activation, inner_width)
     matrices, biases = hidden_size * (first_width + inner_width), 0
-    weights = [_matrix(hidden_size * moe.num_moe_experts, split="no")]
+    # The gate `hash` has no weights, and learnt noise a matrix of its own.
+    routers = {"hash": 0, "noisy_topk": 2}.get(moe.moe_router_gate, 1)
+    weights = [_matrix(hidden_size * moe.num_moe_experts, split="no") for _ in range(routers)]
     if _option(experiment, "add_bias_linear"):
         biases = first_width + hidden_size
-        weights.append(_vector(moe.num_moe_experts))
+        weights += [_vector(moe.num_moe_experts)] if routers else []
     weights.append(
         Weights(
             total=moe.num_moe_experts * (matrices + biases),

@@ -237,6 +237,9 @@ class _Scope:
         if isinstance(node, ast.Attribute):
             if node.attr in ("experiment", "_experiment"):
                 return Holder(self.root)
+            if getattr(node.value, "id", "") == "self":
+                # What keeps a section calls it by its name.
+                return self.member(Holder(self.root), node.attr)
             return self.member(self.held(node.value), node.attr)
         if isinstance(node, ast.Call):
             if isinstance(node.func, ast.Attribute) and node.func.attr in ("items", "values", "get"):

@@ -166,4 +166,12 @@ ROUTER_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "model.vocab_size",
         f"4194305 is more than the 4,194,304 numbers that {M}moe_input_jitter_eps",
     ),
+    (
+        "marked_tokens_reach_routers",
+        MOE,
+        [f"{GATE}=gshard", f"{M}moe_token_dispatcher_type=flex", "parallel.tensor_model_parallel_size=2"],
+        [f"{M}moe_token_dispatcher_type=alltoall"],
+        GATE,
+        "which moe.moe_token_dispatcher_type",
+    ),
 ]

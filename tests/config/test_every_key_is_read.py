@@ -66,6 +66,7 @@ READS = {
     "one of two names": "def f(e: PlantedExperiment):\n    m, t = e.model, e.training\n    return t.planted",
     "as an argument": "def f(t: PlantedTraining | None = None):\n    if t: print(t.planted)",
     "of an object": "class A:\n    def f(self): return self.trainer.experiment.training.planted",
+    "of an object that keeps the section": "class A:\n    def f(self): return self.training.planted",
     "in a lambda": "table = {'x': lambda e: e.training.planted}",
     "of a list": "def f(parts: list[PlantedTraining]): return [part.planted for part in parts]",
     "of a mapping": "def f(m: Mapping[str, PlantedTraining]):\n    for n, t in m.items(): yield n, t.planted",

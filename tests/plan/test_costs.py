@@ -107,3 +107,21 @@ def test_a_model_with_weights_that_are_not_counted_is_refused_by_its_keys() -> N
         "model.megatron_core.mtp_num_layers",
         "model.megatron_core.multi_latent_attention",
     ]
+
+
+@pytest.mark.parametrize("gate", ["hash", "noisy_topk", "switch", "swipe"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_gate_decides_what_a_router_holds(gate: str, biases: bool) -> None:
+    from megatron_moe.model.moe.router import Router
+
+    def of(gate: str) -> tuple[int, int]:
+        experiment = filled(
+            model={"megatron_core": {"add_bias_linear": biases}}, moe={"moe_router_gate": gate}
+        )
+        assert experiment.moe is not None
+        router = Router(experiment.moe, experiment.model.hidden_size, has_bias=biases)
+        held = sum(parameter.numel() for parameter in router.parameters())
+        return count_parameters(experiment).total, held * experiment.model.num_layers
+
+    (plain, held_plain), (other, held) = of("topk"), of(gate)
+    assert other - plain == held - held_plain
