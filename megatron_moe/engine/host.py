@@ -53,12 +53,17 @@ class StandIn:
 
 _FACTORIES = "small tensors with device='cuda' in schedules, optimizer and gradient clipping"
 _RANDOM = "the tensor-parallel tracker keeps named states of the device's generator"
+_BATCHES = "the schedule for two microbatches at once orders and marks its work"
 _STREAMS = "the dispatcher and overlapped shared experts order their work by streams"
 
 STAND_INS: tuple[StandIn, ...] = (
     StandIn("torch.cuda.current_device", returns(HOST), "passed as device=", "torch.cuda.current_device()"),
     StandIn("torch.cuda.synchronize", returns(None), "nothing runs ahead here", "torch.cuda.synchronize("),
     StandIn("torch.cuda.Stream", HostStream, _STREAMS, "torch.cuda.Stream("),
+    StandIn("torch.cuda.Event", HostStream, _BATCHES, "torch.cuda.Event("),
+    StandIn("torch.cuda.nvtx.range_push", returns(None), _BATCHES, "torch.cuda.nvtx.range_push("),
+    StandIn("torch.cuda.nvtx.range_pop", returns(None), _BATCHES, "torch.cuda.nvtx.range_pop("),
+    StandIn("torch.Tensor.record_stream", returns(None), _BATCHES, ".record_stream("),
     StandIn("torch.cuda.current_stream", returns(HostStream()), _STREAMS, "torch.cuda.current_stream()"),
     StandIn("torch.cuda.stream", on_stream, _STREAMS, "torch.cuda.stream("),
     StandIn("torch.cuda.manual_seed", seed_host, _RANDOM, "torch.cuda.manual_seed("),

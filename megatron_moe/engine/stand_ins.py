@@ -23,6 +23,10 @@ class HostStream:
     def record_event(self) -> HostStream:
         return self
 
+    def wait(self, stream: Any) -> None: ...
+
+    def record(self, stream: Any) -> None: ...
+
     def synchronize(self) -> None: ...
 
 

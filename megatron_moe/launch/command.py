@@ -119,6 +119,12 @@ def in_one_process(experiment: Experiment) -> list[str]:
         dispatcher += ["moe.moe_token_dispatcher_type=alltoall", "moe.moe_flex_dispatcher_backend=deepep"]
     if moe is not None and moe.moe_ranks_per_node is not None:
         dispatcher.append("moe.moe_ranks_per_node=null")
+    if moe is not None and moe.moe_overlap_degree > 1:
+        dispatcher.append("moe.moe_overlap_degree=1")
+    if moe is not None and moe.moe_shadowing is not None:
+        dispatcher.append("moe.moe_shadowing=null")
+    if moe is not None and moe.overlap_moe_expert_parallel_comm:
+        dispatcher.append("moe.overlap_moe_expert_parallel_comm=false")
     return [*_ONE_PROCESS, *dispatcher]
 
 

@@ -78,8 +78,8 @@ def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> 
     submodules = moe_submodules(parts.mlp)
     if experiment.model.spec == "native":
         submodules.experts = experts_class(experiment.moe)
-    if experiment.moe.moe_token_dispatcher_type == "flex":
-        # The library's kernels are called by Megatron-Core's own layer.
+    if experiment.moe.moe_token_dispatcher_type == "flex" or experiment.moe.overlap_moe_expert_parallel_comm:
+        # The library's kernels are called by Megatron-Core's own layer, and its schedule takes that apart.
         submodules.router = router_class(experiment.moe, seed)
     else:
         settings = experiment.moe.model_copy(

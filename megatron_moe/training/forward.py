@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.marks import mark
 
 Batch = Mapping[str, Tensor]
 
 
 def forward_step(
-    batches: Iterator[Batch], chunk: torch.nn.Module
+    batches: Iterator[Batch], chunk: torch.nn.Module, return_schedule_plan: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], object]]:
     """Megatron-Core's forward step: run one microbatch, return the output and the function that makes the
     loss of it.
@@ -27,13 +29,22 @@ def forward_step(
     (see `engine.segments`) says where documents end that must not see each other; `by_source` [b, sources],
     1 in one column, where each sequence comes from, if that is to be reported. `mean_targets` [], where it is
     there, takes the place of `num_targets` in the loss (see `engine.schedule.mean_targets`).
+
+    With `return_schedule_plan` the output is yet to be computed, by `moe.overlap_moe_expert_parallel_comm`:
+    Megatron-Core's plan of it, to be run together with that of another microbatch's backward pass.
     """
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
     marks = batch.get("padding_mask")
     if "run_positions" in batch:
         marks = mark(marks, batch["tokens"], batch["run_positions"])
-    output = chunk(
+    if return_schedule_plan and marks is not None:
+        raise InputError(
+            "moe.overlap_moe_expert_parallel_comm does not go with padding, which its routers would count; "
+            "leave it out"
+        )
+    compute: Any = chunk.build_schedule_plan if return_schedule_plan else chunk
+    output = compute(
         batch["tokens"],
         batch["position_ids"],
         batch.get("segments"),

@@ -12,6 +12,7 @@ from dispatch_rule_cases import DISPATCH_CASES
 from experiment_files import DENSE, MOE, problems
 from loss_rule_cases import LOSS_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
+from overlap_rule_cases import OVERLAP_CASES
 from recompute_rule_cases import RECOMPUTE_CASES
 from router_rule_cases import ROUTER_CASES
 from sink_rule_cases import SINK_CASES
@@ -369,6 +370,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *TOKENIZER_CASES,
     *DEVICE_CASES,
     *DISPATCH_CASES,
+    *OVERLAP_CASES,
     *RECOMPUTE_CASES,
     *ROUTER_CASES,
     *LOSS_CASES,

@@ -65,7 +65,7 @@ def compare(
             key
             for x, y in zip(a.records, b.records, strict=True)
             for key in x
-            if x[key] != y[key] and key not in TIMES
+            if key not in TIMES and x[key] != y[key]
         ),
     )
 

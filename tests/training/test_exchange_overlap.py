@@ -18,14 +18,22 @@ EDP, EP2 = layout(tp=2), layout(dp=2, expert_model_parallel_size=2)
 SMALL = 3000
 
 
-def apart(folder: Path, parallel: Any, moe: Any, options: Any, **sections: Any) -> on_ranks.Apart:
-    sections["training"] = {"eval_interval": 1, "eval_iters": 1}
+def apart(
+    folder: Path, parallel: Any, moe: Any, options: Any, steps: int = 2, **sections: Any
+) -> on_ranks.Apart:
+    sections["training"] = {
+        "eval_interval": 1,
+        "eval_iters": 1,
+        "precision": sections.pop("precision", "fp32"),
+    }
     sections["logging"] = {"detail_interval": 1}
     plain = experiment(parallel=parallel, moe=moe, **sections)
     hidden = experiment(parallel=parallel, moe={**moe, **options}, **sections)
     # Small buckets of gradients and weights: some are still under way when experts begin.
     size = SMALL if "overlap_grad_reduce" in parallel else None
-    found = ranks(plan.make(plain).layout.world_size).run(on_ranks.compare, plain, hidden, folder, 2, size)
+    found = ranks(plan.make(plain).layout.world_size).run(
+        on_ranks.compare, plain, hidden, folder, steps, size
+    )
     names = ("loss", "grad_norm", "gradients", "weights", "held_out", "buckets", "metrics")
     return on_ranks.Apart(**{name: max(getattr(one, name) for one in found) for name in names})
 
@@ -68,6 +76,24 @@ def test_a_hidden_exchange_changes_no_bit(
 def test_more_parts_than_experts_change_the_order_of_sums_only(tmp_path: Path) -> None:
     found = apart(tmp_path, EDP, {**MOE, "num_moe_experts": 2}, {"moe_overlap_degree": 2})
     assert 0 < found.gradients < 1e-5 and found.loss < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("parallel", "experts"),
+    [
+        pytest.param(EDP, 4, id="EDP"),
+        pytest.param(layout(tp=2, pp=2, vpp=2), 2, id="EDP PP2 VPP2, one expert a rank"),
+    ],
+)
+@pytest.mark.second_pair
+def test_two_microbatches_at_once_compute_what_one_after_the_other_does(
+    tmp_path: Path, parallel: Any, experts: int
+) -> None:
+    """Megatron-Core adds up the experts of a token in another order, in bf16."""
+    moe = {**SHARED, "num_moe_experts": experts}
+    options = {"overlap_moe_expert_parallel_comm": True}
+    found = apart(tmp_path, parallel, moe, options, precision="bf16", steps=1)
+    assert found.loss < 1e-4 and found.grad_norm < 1e-3 and found.gradients < 0.03
 
 
 def test_it_is_measured_what_was_exposed(tmp_path: Path) -> None:

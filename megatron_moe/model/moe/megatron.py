@@ -56,6 +56,12 @@ def experts_class(moe: MoE) -> type[Experts]:
                 num_local_experts, settings, of_megatron(pg_collection, config.sequence_parallel)
             )
 
+        def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+            if moe.overlap_moe_expert_parallel_comm and self.num_local_experts == 1:
+                # Its schedule frees what it hands to experts; where there are several, they are sorted copies.
+                tokens = tokens.clone()
+            return super().forward(tokens, tokens_per_expert, probs)
+
     return MegatronExperts
 
 

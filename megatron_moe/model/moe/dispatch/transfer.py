@@ -83,10 +83,11 @@ class _Measured(Protocol):
 
 class _OnHost:
     def __init__(self) -> None:
-        self.began, self.done = time.perf_counter(), math.inf
+        self.began, self.done = 0.0, math.inf
         self.wait_began = self.wait_ended = 0.0
 
     def launched(self, work: Any) -> None:
+        self.began = time.perf_counter()
         work.get_future().add_done_callback(self._finish)
 
     def _finish(self, future: Any) -> None:
@@ -98,7 +99,8 @@ class _OnHost:
         self.wait_ended = time.perf_counter()
 
     def under_way(self) -> tuple[float, float]:
-        return self.began, min(self.done, self.wait_ended)
+        # Whoever waited for it got to know of the end a little later.
+        return self.began, self.wait_ended if self.done > self.wait_began else self.done
 
     def waited(self) -> float:
         return self.wait_ended - self.wait_began
