@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import steps_on_ranks
 import torch
 import torch.distributed as dist
 from counted_traffic import Traffic
 from torch import Tensor
 
+from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.model.moe import dispatch
 from megatron_moe.model.moe.dispatch.dispatcher import Dispatcher, Experts
@@ -159,3 +161,25 @@ def dispatched(case: Case, meanwhile: bool = False) -> tuple[str, Tensor, list[T
         )
     sent["all"] = traffic.total
     return type(dispatcher).__name__, output, given.gradients, sent
+
+
+def replica_traffic(experiment: Experiment) -> tuple[dict[tuple[int, ...], int], list[set[int]], int]:
+    """One MoE layer of a model under its layout, forward and backward with one microbatch.
+
+    Returns:
+        Bytes this rank sent, by the ranks of the group; the data-parallel replicas; tokens of this rank.
+    """
+    from megatron.core.transformer.moe import moe_layer
+
+    made = steps_on_ranks.build(experiment)
+    layer: Any = next(part for part in made.chunks[0].modules() if isinstance(part, moe_layer.MoELayer))
+    training, layout = experiment.training, made.plan.layout
+    shares = layout.tensor_model_parallel_size * layout.context_parallel_size
+    hidden = torch.randn(
+        training.seq_length // shares, training.micro_batch_size, experiment.model.hidden_size
+    ).requires_grad_()
+    with Traffic() as traffic:
+        output, _ = layer(hidden)
+        output.square().sum().backward()
+    replicas = [set(group) for group in layout.groups("tp_cp")]
+    return dict(traffic.sent), replicas, len(output) * output.size(1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dispatch_on_ranks import Case
 from distributed import ranks
+from experiments import MOE, experiment, layout
 
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.plan.journeys import Ranks, journeys
@@ -111,3 +112,22 @@ def test_the_bytes_that_are_sent_are_those_of_the_plan(which: str) -> None:
 )
 def test_auto_takes_what_sends_the_fewest_bytes(experts: int, k: int, name: str) -> None:
     check(Case(settings("auto", experts, k), 2, 1, (6, 6)), name)
+
+
+@pytest.mark.parametrize("dispatcher", NAMES)
+def test_under_edp_no_token_leaves_its_replica(dispatcher: str) -> None:
+    """Two replicas of two tensor-parallel ranks: whatever is sent is sent inside one of them."""
+    moe = {**MOE, "moe_token_dispatcher_type": dispatcher, "moe_expert_capacity_factor": 1.0}
+    edp = experiment(moe, parallel=layout(tp=2, dp=2), model={"num_layers": 1})
+    for rank, (sent, replicas, tokens) in enumerate(ranks(4).run(on_ranks.replica_traffic, edp)):
+        mine = next(replica for replica in replicas if rank in replica)
+        assert set().union(*sent) == mine
+        assert sum(sent.values()) > tokens * 32 * 4 * 2, "a row there, and its gradient back"
+
+
+def test_experts_spread_over_replicas_take_tokens_out_of_them() -> None:
+    """What the test above would see."""
+    spread = experiment(parallel=layout(tp=2, dp=2, expert_model_parallel_size=4), model={"num_layers": 1})
+    for sent, replicas, _ in ranks(4).run(on_ranks.replica_traffic, spread):
+        assert sent[0, 1, 2, 3] > 0
+        assert {0, 1, 2, 3} not in replicas
