@@ -65,8 +65,8 @@ def _gradient(router: Any, hidden: Tensor, padding: Tensor | None, cut: int) -> 
 
 
 def recorded(experiment: Experiment, hidden: Tensor) -> list[int]:
-    """Microbatches whose losses are counted after a plain pass, one that is recomputed, one without gradients,
-    and one in evaluation."""
+    """Microbatches whose losses are counted after a plain pass, one that is recomputed, one without
+    gradients, and one in evaluation."""
     from megatron.core import tensor_parallel
 
     router = build(experiment)

@@ -75,7 +75,8 @@ class Scheduled(Coefficient):
     """From `start` before the first iteration to `end` after `iterations`, then `end`.
 
     Buffers:
-        done: [1] int64, iterations.
+        done: [1] float64, iterations. Not an integer: what a checkpoint holds of a router is compared as its
+            weights are (`verify`).
     """
 
     done: Tensor
@@ -83,12 +84,12 @@ class Scheduled(Coefficient):
     def __init__(self, setting: ScheduledCoefficient) -> None:
         super().__init__(setting.start)
         self.setting = setting
-        self.register_buffer("done", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("done", torch.zeros(1, dtype=torch.float64))
 
     @property
     def value(self) -> Tensor:
         setting = self.setting
-        way = (self.done[0].double() / setting.iterations).clamp(max=1)
+        way = (self.done[0] / setting.iterations).clamp(max=1)
         if setting.style == "cosine":
             way = (1 - torch.cos(math.pi * way)) / 2
         # Both ends are met exactly.
