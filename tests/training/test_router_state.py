@@ -52,7 +52,7 @@ def test_coefficients_follow_the_drop_rate_of_their_layer(name: str, parallel: d
     setup = made(section, parallel=parallel)
     world = parallel["tensor_model_parallel_size"] * parallel["pipeline_model_parallel_size"]
     for written, states in ranks(world).run(on_ranks.steps, setup, Path(), 3):
-        alphas = {layer: 0.3 for layer in (0, 2, 3)}
+        alphas = dict.fromkeys((0, 2, 3), 0.3)
         for step, record in enumerate(written):
             used = record[COEFFICIENTS]
             assert [used[layer] for layer in alphas] == pytest.approx(list(alphas.values()), rel=1e-14)
