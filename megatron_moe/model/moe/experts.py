@@ -1,4 +1,4 @@
-"""The routed experts of one rank, computed as grouped products."""
+"""The routed experts of one rank: on a host in one loop over them, else as grouped products."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megatron_moe.engine.recompute import DiscardedOutput
 from megatron_moe.model.activations import ACTIVATIONS
+from megatron_moe.model.moe.expert_loop import expert_loop
 from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_bias, grouped_linear
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
+from megatron_moe.model.moe.permutation import Permutation, to_experts, to_tokens
 
 
 @dataclass(frozen=True)
@@ -117,18 +119,36 @@ class Experts(torch.nn.Module):
         """
         return self._compute(self._weights(), tokens, tokens_per_expert, probs)
 
+    def of_unsorted(self, tokens: Tensor, permutation: Permutation, probs: Tensor) -> Tensor:
+        """[t, h] -> [t, h], what the experts make of each token added up; see `dispatch.dispatcher`."""
+        if not self._loops(tokens):
+            outputs, _ = self(to_experts(tokens, permutation), permutation.counts, probs)
+            return to_tokens(outputs, permutation)
+        self._wait_for_weights()
+        return self._in_a_loop(self._weights(), tokens, permutation.counts, probs, permutation.sources)
+
     def split(self, sizes: list[int]) -> list[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]]:
         """So many of the local experts each, to be called as all of them.
 
         To be called anew in each forward pass. The gradients of all parts are put together in one piece, when
         the last of them is there.
         """
-        # Weights that are still being gathered are waited for in such hooks.
-        for hook in self._forward_pre_hooks.values():
-            hook(self, ())
+        self._wait_for_weights()
         whole = self._weights()
         parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in whole), strict=True)
         return [partial(self._compute, Weights(*part)) for part in parts]
+
+    def flat(self, expert: int) -> Tensor:
+        """All weights of a local expert in one row, for `of_flat` on another rank."""
+        self._wait_for_weights()
+        return torch.cat([weight[expert].flatten() for weight in self._weights() if weight is not None])
+
+    def of_flat(self, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]:
+        """Experts with the weights of these rows [n, numbers], to be called as those of this rank."""
+        shapes = [None if weight is None else weight.shape[1:] for weight in self._weights()]
+        pieces = iter(rows.split([shape.numel() for shape in shapes if shape is not None], dim=1))
+        weights = (None if shape is None else next(pieces).reshape(-1, *shape) for shape in shapes)
+        return partial(self._compute, Weights(*weights))  # type: ignore[arg-type]
 
     def _weights(self) -> Weights:
         return Weights(
@@ -138,9 +158,38 @@ class Experts(torch.nn.Module):
             None if self.bias_fc2 is None else self.bias_fc2(),
         )
 
+    def _wait_for_weights(self) -> None:
+        """Weights that are still being gathered are waited for in hooks, which only a call of the module
+        runs."""
+        for hook in self._forward_pre_hooks.values():
+            hook(self, ())
+
     def _compute(
         self, weights: Weights, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> tuple[Tensor, None]:
+        if self._loops(tokens):
+            return self._in_a_loop(weights, tokens, tokens_per_expert, probs), None
+        return self._as_grouped_products(weights, tokens, tokens_per_expert, probs), None
+
+    def _loops(self, tokens: Tensor) -> bool:
+        """Whether the experts run in one loop, which has neither biases nor dropout."""
+        dropout = self.training and self.settings.dropout > 0
+        return tokens.device.type == "cpu" and not self.settings.has_bias and not dropout
+
+    def _in_a_loop(
+        self,
+        weights: Weights,
+        tokens: Tensor,
+        tokens_per_expert: Tensor,
+        probs: Tensor,
+        sources: Tensor | None = None,
+    ) -> Tensor:
+        sizes, activation = tokens_per_expert.tolist(), self.settings.activation
+        return expert_loop(tokens, probs, weights.fc1, weights.fc2, activation, sizes, sources)
+
+    def _as_grouped_products(
+        self, weights: Weights, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> Tensor:
         inner = grouped_linear(tokens, weights.fc1, tokens_per_expert)
         if weights.bias_fc1 is not None:
             inner = inner + grouped_bias(weights.bias_fc1, tokens_per_expert, len(tokens))
@@ -159,7 +208,7 @@ class Experts(torch.nn.Module):
             bias = (bias * probs.unsqueeze(-1)).to(tokens.dtype)
             before = rank(self.groups.expert_tensor) * bias.size(1)
             output = output + F.pad(bias, (before, output.size(1) - before - bias.size(1)))
-        return output, None
+        return output
 
     def _activated(self, inner: Tensor, probs: Tensor, survivors: Tensor | None) -> Tensor:
         """[t, g * f] and gate weights [t] -> [t, f]."""

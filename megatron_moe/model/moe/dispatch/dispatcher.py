@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from megatron_moe.model.moe.permutation import Permutation
 from megatron_moe.model.moe.routing import Routing
 
 Experts = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]
 """This rank's experts: tokens [n, h] sorted by local expert, how many each gets [local experts], gate weights
 [n] -> [n, h], each row times its weight."""
+
+
+@runtime_checkable
+class SortingExperts(Protocol):
+    """Experts that take tokens as they come, and need no sorted copies of them."""
+
+    def of_unsorted(self, tokens: Tensor, permutation: Permutation, probs: Tensor) -> Tensor:
+        """[t, h] -> [t, h], the sum of what each token's experts make of it.
+
+        Args:
+            tokens: [t, h].
+            permutation: which expert gets which tokens.
+            probs: [n] gate weights of the sorted rows.
+        """
+        ...
 
 
 class Pending(Protocol):

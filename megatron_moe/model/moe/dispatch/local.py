@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from megatron_moe.model.moe.dispatch.dispatcher import Experts
+from megatron_moe.model.moe.dispatch.dispatcher import Experts, SortingExperts
 from megatron_moe.model.moe.permutation import sort_by_expert, to_experts, to_tokens
 from megatron_moe.model.moe.routing import Routing
 
@@ -42,5 +42,7 @@ def by_local_experts(tokens: Tensor, routing: Routing, experts: Experts, num_exp
     """
     permutation = sort_by_expert(routing.experts, routing.kept, num_experts)
     weights = routing.weights.reshape(-1).index_select(0, permutation.assignments)
+    if isinstance(experts, SortingExperts):
+        return experts.of_unsorted(tokens, permutation, weights)
     outputs, _ = experts(to_experts(tokens, permutation), permutation.counts, weights)
     return to_tokens(outputs, permutation)
