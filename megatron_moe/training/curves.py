@@ -1,4 +1,4 @@
-"""A run's curves as a picture: loss, learning rate, and for MoE models the drop rate."""
+"""A run's curves as a picture: loss, learning rate, and for MoE models what the router does."""
 
 from __future__ import annotations
 
@@ -31,12 +31,21 @@ _KEYS = (
     "consumed_tokens",
     "moe/drop_rate",
     "moe/would_drop_rate",
+    "eval/drop_rate",
+    "moe/load_max_over_mean",
+    "moe/router_entropy",
     "skipped",
 )
 _INK, _GREY, _GRID = "#22262b", "#6b7280", "#e5e7eb"
 # Okabe and Ito's colours: they stay apart for every eye, and as greys.
 _LOSS, _HELD_OUT, _RATE, _DROP, _SKIPPED = "#0072b2", "#d55e00", "#4b5563", "#009e73", "#b91c1c"
+_BUSIEST, _ENTROPY = "#cc79a7", "#56b4e9"
 _OWN_RATES = {"lr/embedding": "#cc79a7", "lr/experts": "#009e73"}
+_ROUTER = {
+    "moe/load_max_over_mean": ("Busiest expert", "times the mean load; 1 is perfect balance", _BUSIEST),
+    "moe/router_entropy": ("Router entropy", "nats; low is sure, log of the experts is undecided", _ENTROPY),
+}
+"""Key -> title, unit and colour of a panel of its own."""
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -92,7 +101,8 @@ def _number(value: Any) -> float:
 def figure_of(steps: Columns, name: str) -> Figure:
     """One panel a subject, over the same iterations."""
     drops = next((key for key in ("moe/would_drop_rate", "moe/drop_rate") if _has(steps, key)), None)
-    heights = [3.2, 1.3] + ([1.3] if drops else [])
+    further = [key for key in _ROUTER if _has(steps, key)]
+    heights = [3.2, 1.3] + ([1.3] if drops else []) + [1.1] * len(further)
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.1, hspace=0.03)
     size = (8.0, 1.25 + 1.05 * sum(heights))
     figure = Figure(figsize=size, dpi=160, facecolor="white", layout=layout)
@@ -103,6 +113,10 @@ def figure_of(steps: Columns, name: str) -> Figure:
     _learning_rate(panels[1], steps)
     if drops:
         _drop_rate(panels[2], steps, drops)
+    for panel, key in zip(panels[len(panels) - len(further) :], further, strict=True):
+        title, unit, color = _ROUTER[key]
+        _title(panel, title, unit)
+        _line(panel, steps, key, color, "")
     for panel in panels:
         panel.yaxis.set_major_locator(MaxNLocator(6 if panel is panels[0] else 4, steps=_ROUND))
     _iterations(panels[-1], steps["iteration"])
@@ -126,19 +140,8 @@ def _summary(steps: Columns) -> str:
 def _loss(panel: Axes, steps: Columns) -> None:
     _title(panel, "Loss", "nats a token")
     _line(panel, steps, "loss", _LOSS, "training")
-    there = ~np.isnan(steps["eval/loss"])
-    if there.any():
-        panel.plot(
-            steps["iteration"][there],
-            steps["eval/loss"][there],
-            color=_HELD_OUT,
-            linewidth=1.4,
-            marker="o",
-            markersize=5 if np.count_nonzero(there) <= 60 else 0,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
-            label="held-out",
-        )
+    if _has(steps, "eval/loss"):
+        _held_out(panel, steps, "eval/loss")
     skipped = steps["iteration"][steps["skipped"] == 1]
     if len(skipped):
         panel.plot(
@@ -154,6 +157,21 @@ def _loss(panel: Axes, steps: Columns) -> None:
         panel.set_ylim(bottom=0, top=panel.get_ylim()[1] * 1.25)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(loc="upper right")
+
+
+def _held_out(panel: Axes, steps: Columns, key: str) -> None:
+    there = ~np.isnan(steps[key])
+    panel.plot(
+        steps["iteration"][there],
+        steps[key][there],
+        color=_HELD_OUT,
+        linewidth=1.4,
+        marker="o",
+        markersize=5 if np.count_nonzero(there) <= 60 else 0,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        label="held-out",
+    )
 
 
 def _learning_rate(panel: Axes, steps: Columns) -> None:
@@ -177,7 +195,11 @@ def _drop_rate(panel: Axes, steps: Columns, key: str) -> None:
         _title(panel, "Drop rate", "share of assignments")
     else:
         _title(panel, "Would-drop rate", "share of assignments beyond a capacity limit; nothing is dropped")
-    _line(panel, steps, key, _DROP, "")
+    is_evaluated = key == "moe/drop_rate" and _has(steps, "eval/drop_rate")
+    _line(panel, steps, key, _DROP, "training" if is_evaluated else "")
+    if is_evaluated:
+        _held_out(panel, steps, "eval/drop_rate")
+        panel.legend(loc="upper right")
     panel.set_ylim(bottom=0, top=None if np.nanmax(steps[key]) > 0 else 0.01)
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
 

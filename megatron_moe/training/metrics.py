@@ -79,7 +79,8 @@ def _not_finite(of_rank: Tensor) -> str:
     broken = torch.stack(of_ranks) > 0
     layer = int(broken.any(0).nonzero()[0])
     ranks = broken[:, layer].nonzero().flatten().tolist()
-    where = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    named, more = ", ".join(map(str, ranks[:8])), len(ranks) - 8
+    where = f"rank{'s' * (len(ranks) > 1)} {named}" + (f" and {more} more" if more > 0 else "")
     return (
         f"the router of layer {layer + 1} got logits that are NaN or infinite on {where}, and no weight was "
         "updated; start again from an earlier checkpoint, with a lower optimizer.lr"

@@ -52,6 +52,23 @@ def test_each_kind_of_model_has_its_panels(tmp_path):
     assert titles(figure)[2] == "Would-drop rate" and line(figure, 2)[1][-1] == 0.8
 
 
+def test_what_the_router_does_has_panels(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(
+        path,
+        4,
+        moe__drop_rate=lambda n: n / 10,
+        eval__drop_rate=lambda n: 0.3 if n % 2 == 0 else None,
+        moe__load_max_over_mean=lambda n: 1 + 1 / n,
+        moe__router_entropy=lambda n: 2 - n / 10,
+    )
+    figure = curves.figure_of(curves.read(path), "a")
+    assert titles(figure)[2:] == ["Drop rate", "Busiest expert", "Router entropy"]
+    assert line(figure, 2, 1) == ([2, 4], [0.3, 0.3])
+    assert line(figure, 3)[1] == [2, 1.5, 1 + 1 / 3, 1.25]
+    assert line(figure, 4)[1] == [1.9, 1.8, 1.7, 1.6]
+
+
 def test_the_lines_are_the_metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(
