@@ -44,6 +44,16 @@ def ranks_per_node(e: Experiment) -> Problems:
         yield Problem(keys, text, f"use {choices}, or leave it out" if fitting else "leave it out")
 
 
+def sorted_in_a_kernel(e: Experiment) -> Problems:
+    """Transformer Engine's kernel sorts tokens for Megatron-Core's own layer."""
+    if e.moe is None or not e.moe.moe_permute_fusion or e.moe.overlap_moe_expert_parallel_comm:
+        return
+    if e.moe.moe_token_dispatcher_type != "flex":
+        keys = ("moe.moe_permute_fusion", _DISPATCHER, "moe.overlap_moe_expert_parallel_comm")
+        text = f"has no effect but with flex in {_DISPATCHER}, or {keys[2]}"
+        yield Problem(keys, text, "leave it out, or set one of these")
+
+
 def _expert_ranks(e: Experiment) -> int:
     """Ranks that together hold each expert once."""
     p = e.parallel

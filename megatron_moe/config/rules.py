@@ -69,6 +69,7 @@ RULES: list[Rule] = [
     capacity_rules.padded_experts,
     dispatch_rules.shared_expert_overlap,
     dispatch_rules.ranks_per_node,
+    dispatch_rules.sorted_in_a_kernel,
     overlap_rules.overlap_degree,
     overlap_rules.shadowing,
     overlap_rules.overlapped_batches,

@@ -13,6 +13,7 @@ from megatron_moe.config.dump import to_yaml
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import load
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.schema.moe import MoE
 from megatron_moe.data.prepare import prepare
 from megatron_moe.launch import exit_codes, identity, joined, local_ranks, preflight
 from megatron_moe.launch.beginning import begin
@@ -41,6 +42,16 @@ _ONE_PROCESS = (
     "recompute.layers_per_stage=null",
     "recompute.modules=null",
 )
+_ABOUT_SENDS = (
+    "moe_token_dispatcher_type",
+    "moe_flex_dispatcher_backend",
+    "moe_ranks_per_node",
+    "moe_overlap_degree",
+    "moe_shadowing",
+    "overlap_moe_expert_parallel_comm",
+    "moe_permute_fusion",
+)
+"""Keys of the section `moe` about how tokens travel, which one process has nobody to do with."""
 
 
 def train(config_path: Path, overrides: Sequence[str]) -> int:
@@ -112,20 +123,11 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
 
 
 def in_one_process(experiment: Experiment) -> list[str]:
-    """The overrides that take an experiment's layout away."""
-    moe, dispatcher = experiment.moe, []
-    # One rank has nobody to send tokens to; rules refuse to say how.
-    if moe is not None and moe.moe_token_dispatcher_type == "flex":
-        dispatcher += ["moe.moe_token_dispatcher_type=alltoall", "moe.moe_flex_dispatcher_backend=deepep"]
-    if moe is not None and moe.moe_ranks_per_node is not None:
-        dispatcher.append("moe.moe_ranks_per_node=null")
-    if moe is not None and moe.moe_overlap_degree > 1:
-        dispatcher.append("moe.moe_overlap_degree=1")
-    if moe is not None and moe.moe_shadowing is not None:
-        dispatcher.append("moe.moe_shadowing=null")
-    if moe is not None and moe.overlap_moe_expert_parallel_comm:
-        dispatcher.append("moe.overlap_moe_expert_parallel_comm=false")
-    return [*_ONE_PROCESS, *dispatcher]
+    """The overrides that take an experiment's layout away, and what has no meaning without one."""
+    settings = [] if experiment.moe is None else _ABOUT_SENDS
+    fields = MoE.model_fields
+    changed = [name for name in settings if getattr(experiment.moe, name) != fields[name].default]
+    return [*_ONE_PROCESS, *(f"moe.{name}={json.dumps(fields[name].default)}" for name in changed)]
 
 
 def _rank_command(*arguments: str) -> list[str]:

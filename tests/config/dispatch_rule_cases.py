@@ -51,4 +51,12 @@ DISPATCH_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         NODE,
         f"4 has no effect where {EP} (4, derived) times",
     ),
+    (
+        "sorted_in_a_kernel",
+        MOE,
+        [f"{TP}=2", "moe.moe_permute_fusion=true"],
+        [f"{DISPATCHER}=flex"],
+        "moe.moe_permute_fusion",
+        f'true has no effect but with flex in {DISPATCHER} ("alltoall", default)',
+    ),
 ]

@@ -27,6 +27,7 @@ training: {train_iters: 2, global_batch_size: 4, seq_length: 64}
 """
 TE, APEX, DEEP_EP = "transformer_engine", "fused_weight_gradient_mlp_cuda", "deep_ep"
 SPEC = "model.spec=transformer_engine"
+PERMUTE = ["moe.moe_permute_fusion=true", "moe.overlap_moe_expert_parallel_comm=true"]
 HOST = Machine()
 HOPPER = Machine(gpus=(Gpu("H100", 80 * 2**30, (9, 0)),) * 2, torch_cuda="12.8")
 AMPERE = Machine(gpus=(HOPPER.gpus[0], Gpu("A100", 80 * 2**30, (8, 0))), torch_cuda="12.8")
@@ -36,7 +37,7 @@ KEYS: dict[str, tuple[list[str], str | None]] = {
     # what is set -> the package that it needs
     "model.spec": ([SPEC], TE),
     "model.apply_rope_fusion": (["model.apply_rope_fusion=true"], TE),
-    "moe.moe_permute_fusion": (["moe.moe_permute_fusion=true"], TE),
+    "moe.moe_permute_fusion": (PERMUTE, TE),
     "moe.moe_token_dispatcher_type": (["moe.moe_token_dispatcher_type=flex"], DEEP_EP),
     "recompute.cpu_offloading_num_layers": ([SPEC, "recompute.cpu_offloading_num_layers=2"], TE),
     "optimizer.use_precision_aware_optimizer": (["optimizer.use_precision_aware_optimizer=true"], TE),
@@ -131,7 +132,7 @@ def test_fp8_needs_units_for_it(
 
 def test_an_old_transformer_engine(installed: Install, file: Path) -> None:
     installed(transformer_engine="2.0.0+abc")
-    loaded = load(file, ["model.apply_rope_fusion=true", "moe.moe_permute_fusion=true"])
+    loaded = load(file, ["model.apply_rope_fusion=true", *PERMUTE])
     (line,) = lacks(loaded, HOPPER)
     assert (
         "moe.moe_permute_fusion: true needs transformer_engine 2.1 or newer, and 2.0.0+abc is installed"
@@ -166,3 +167,9 @@ def test_verify_compares_the_flex_dispatcher_with_one_process_that_has_none(file
     flex = ["moe.moe_token_dispatcher_type=flex", "moe.moe_flex_dispatcher_backend=hybridep"]
     reference = load(file, [*flex, *in_one_process(load(file, flex).experiment)]).experiment
     assert reference.moe is not None and reference.moe.moe_token_dispatcher_type == "alltoall"
+
+
+def test_verify_compares_what_travels_with_one_process_where_nothing_does(file: Path) -> None:
+    sends = ["parallel.tensor_model_parallel_size=4", "moe.moe_ranks_per_node=2", "moe.moe_overlap_degree=2"]
+    reference = load(file, [*sends, *in_one_process(load(file, sends).experiment)]).experiment
+    assert reference.moe is not None and reference.moe.moe_ranks_per_node is None

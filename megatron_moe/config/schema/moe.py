@@ -178,8 +178,8 @@ class MoE(Section):
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"
     """Whose kernels the dispatcher `flex` runs."""
     moe_ranks_per_node: PositiveInt | None = None
-    """Ranks of one node, for an all-to-all in two levels: inside nodes, then between them. For expert groups
-    that cross nodes. Default: one level."""
+    """Ranks of one node, for an all-to-all in two levels: inside nodes, then between them. For experts over
+    several nodes: it divides EP x ETP. Default: one level."""
     moe_overlap_degree: PositiveInt = 1
     """Parts that the all-to-all is split in, so that one part travels while another is computed."""
     moe_shared_expert_overlap: bool = False
@@ -190,4 +190,5 @@ class MoE(Section):
     moe_shadowing: Shadowing | None = None
     """Copy overloaded experts for an iteration (FasterMoE). Leave the section out for none."""
     moe_permute_fusion: bool = False
-    """Sort tokens by expert in one kernel. Needs Transformer Engine and a GPU."""
+    """Sort tokens by expert in one kernel, where the layer is Megatron-Core's own: with the dispatcher `flex`
+    or overlap_moe_expert_parallel_comm. Needs Transformer Engine and a GPU."""
