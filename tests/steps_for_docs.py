@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from experiments import experiment
+from experiments import MOE, experiment
 
 from megatron_moe.engine import groups
 from megatron_moe.plan import plan
@@ -15,6 +14,19 @@ from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.callbacks.evaluation import Evaluation
 from megatron_moe.training.callbacks.metrics_file import MetricsFile
 from megatron_moe.training.trainer import Trainer
+
+LOSSES = {
+    "moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+    "moe_z_loss_coeff": {"xi": 0.2},
+}
+NAMES = {
+    **dict.fromkeys(("eval/loss/one", "eval/loss/other"), "eval/loss/<name>"),
+    **dict.fromkeys(("moe/loss/aux_loss", "moe/loss/seq_aux_loss"), "moe/loss/<name>"),
+    **dict.fromkeys(
+        ("moe/per_layer/seq_aux_loss_coeff", "moe/per_layer/z_loss_coeff"), "moe/per_layer/<name>_coeff"
+    ),
+}
+"""Keys that have a name in them, as the page writes them."""
 
 
 def written_keys(folder: Path) -> set[str]:
@@ -32,6 +44,7 @@ def written_keys(folder: Path) -> set[str]:
                 "eval_iters": 1,
                 "rampup_batch_size": [4, 4, 8] if number else None,
             },
+            moe=MOE | (LOSSES if number else {}),
             optimizer={"lr": 1e-2, "decoupled_lr": 1e-3, "expert_lr": 1e-3},
             logging={"root": str(folder / "runs"), "detail_interval": 1},
             data={"tokenizer": {"kind": "bytes"}, **sources},
@@ -42,13 +55,11 @@ def written_keys(folder: Path) -> set[str]:
         trainer.fit()
         groups.destroy()
         written |= {key for line in metrics.path.read_text().splitlines() for key in json.loads(line)}
-    return {key.replace("/one", "/<name>") for key in written} - {"eval/loss/other"}
+    return {NAMES.get(key, key) for key in written}
 
 
 class _Spoil(Callback):
-    """Makes every gradient of the next step NaN."""
+    """Makes a gradient of the next step NaN."""
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
-        with torch.no_grad():
-            for parameter in trainer.chunks[0].parameters():
-                parameter.fill_(float("nan"))
+        next(trainer.chunks[0].parameters()).register_hook(lambda gradient: gradient * float("nan"))
