@@ -13,7 +13,7 @@ from megatron_moe.engine.fast_paths import said_at_start
 from megatron_moe.engine.machine import look
 from megatron_moe.plan.batch_ramp import ramp_steps
 from megatron_moe.plan.plan import Plan
-from megatron_moe.plan.wording import count, plural
+from megatron_moe.plan.wording import count, plural, size
 from megatron_moe.training.callbacks.curves import CURVES
 from megatron_moe.training.terminal import say
 from megatron_moe.training.trainer import Trainer
@@ -30,6 +30,8 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
         f"{trainer.experiment.name}: {_parameters(plan)}; "
         f"{plural(plan.layout.world_size, 'rank')} on {where}, {str(dtype).removeprefix('torch.')}"
     ]
+    if taken := _dispatcher(trainer):
+        lines.append(taken)
     if missing := said_at_start(look()):
         lines.append(missing)
     training = trainer.experiment.training
@@ -79,6 +81,17 @@ def say_summary(trainer: Trainer, log: Path) -> None:
 def _parameters(plan: Plan) -> str:
     active = f", {count(plan.parameters.active)} active" if plan.num_moe_experts else ""
     return f"{count(plan.parameters.total)} parameters{active}"
+
+
+def _dispatcher(trainer: Trainer) -> str | None:
+    """What `auto` takes; None where a key names it or no token travels."""
+    moe, dispatch = trainer.experiment.moe, trainer.plan.dispatch
+    if moe is None or dispatch is None or moe.moe_token_dispatcher_type != "auto" or not dispatch.journeys:
+        return None
+    costs = {journey.dispatcher: journey.bytes for journey in dispatch.journeys}
+    others = ", ".join(f"{name} {size(cost)}" for name, cost in costs.items() if name != dispatch.dispatcher)
+    sent = size(costs[dispatch.dispatcher])
+    return f"Tokens travel to their experts by {dispatch.dispatcher}: {sent} a token ({others})"
 
 
 def _curves(trainer: Trainer) -> list[tuple[str, str]]:
