@@ -44,7 +44,7 @@ def written_keys(folder: Path) -> set[str]:
                 "eval_iters": 1,
                 "rampup_batch_size": [4, 4, 8] if number else None,
             },
-            moe=MOE | (LOSSES if number else {}),
+            moe=MOE | {"moe_eval_capacity_factor": 2.0} | (LOSSES if number else {}),
             optimizer={"lr": 1e-2, "decoupled_lr": 1e-3, "expert_lr": 1e-3},
             logging={"root": str(folder / "runs"), "detail_interval": 1},
             data={"tokenizer": {"kind": "bytes"}, **sources},
