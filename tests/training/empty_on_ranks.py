@@ -56,11 +56,12 @@ def only_padding(trainer: Trainer) -> None:
     trainer.datasets = Datasets(train=_Unmarked(trainer.datasets.train), valid=None)
 
 
-def step_without_tokens(experiment: Experiment, run: Path) -> Record:
-    """The record of a step in which all tokens go to the first experts."""
+def steps_to_the_first_experts(experiment: Experiment, run: Path) -> list[Record]:
+    """The records of two steps in which all tokens go to the first experts."""
     trainer = begin(experiment, run)
     all_to_the_first_experts(trainer)
-    return trainer.step(trainer.microbatches(trainer.datasets.train, 0, shuffle=True))
+    batches = trainer.microbatches(trainer.datasets.train, 0, shuffle=True)
+    return [trainer.step(batches) for _ in range(2)]
 
 
 def steps_some_without_targets(experiment: Experiment, run: Path) -> tuple[Record, Record]:

@@ -64,13 +64,22 @@ def test_fewer_tokens_than_experts(tmp_path: Path, name: str) -> None:
     assert failures(tmp_path, LAYOUTS[name], None, **sections) == []
 
 
-def test_what_is_said_of_an_empty_rank() -> None:
-    """Half of the experts are dead in each of 4 layers, and the others have twice the mean."""
-    setup = experiment(MOE, parallel=layout(tp=2), logging={"detail_interval": 1})
-    for record in ranks(2).run(empty_on_ranks.step_without_tokens, setup, Path()):
-        assert record["moe/dead_experts"] == 8 and record["moe/per_layer/dead_experts"] == [2] * 4
-        assert record["moe/load_max_over_mean"] == 2.0
-        assert record["moe/would_drop_rate"] == 0.5 and record["moe/drop_rate"] == 0
+@pytest.mark.parametrize("factor", [None, 1.0], ids=["dropless", "drops"])
+def test_what_is_said_of_an_empty_rank(factor: float | None) -> None:
+    """All tokens want experts 0 and 1 of 4: half of the experts are dead, the others have twice the mean, and
+    with room for the mean exactly half of the assignments is (or would be) dropped. So the coefficient goes
+    from 0.01 to 0.99 * 0.01 + 0.01 * min(0.01 * 0.5, 1)."""
+    coefficient = {"initial": 0.01, "xi": 0.01, "maximum": 1.0, "beta": 0.99}
+    moe = MOE | {"moe_expert_capacity_factor": factor, "moe_aux_loss_coeff": coefficient}
+    setup = experiment(moe, parallel=layout(tp=2), logging={"detail_interval": 1})
+    rate = "would_drop_rate" if factor is None else "drop_rate"
+    for first, second in ranks(2).run(empty_on_ranks.steps_to_the_first_experts, setup, Path()):
+        assert first["moe/dead_experts"] == 8 and first["moe/per_layer/dead_experts"] == [2] * 4
+        assert first["moe/load_max_over_mean"] == 2.0
+        assert first[f"moe/{rate}"] == 0.5 and first[f"moe/per_layer/{rate}"] == [0.5] * 4
+        assert first["moe/drop_rate"] == (0 if factor is None else 0.5)
+        assert first["moe/per_layer/aux_loss_coeff"] == [0.01] * 4
+        assert second["moe/per_layer/aux_loss_coeff"] == pytest.approx([0.99 * 0.01 + 0.01 * 0.005] * 4)
 
 
 def test_a_batch_of_padding_only_has_no_figures() -> None:

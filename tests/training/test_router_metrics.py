@@ -113,6 +113,13 @@ def test_figures_that_there_are_none_of() -> None:
             assert absent == [name in missing] * LAYERS
 
 
+def test_a_gate_without_logits_has_no_z_loss() -> None:
+    moe = MOE | {"moe_router_gate": "hash", "moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.0}
+    (record,) = ranks(1).run(on_ranks.steps, made(moe), Path(), 1, False)[0]
+    assert math.isnan(record["moe/z_loss"])
+    assert record["moe/drop_rate"] == 0 and record["moe/load_max_over_mean"] >= 1
+
+
 @pytest.mark.second_pair
 @pytest.mark.parametrize("pre_softmax", [False, True])
 def test_the_balancing_loss_is_megatron_cores(pre_softmax: bool) -> None:
