@@ -183,3 +183,15 @@ def replica_traffic(experiment: Experiment) -> tuple[dict[tuple[int, ...], int],
         output.square().sum().backward()
     replicas = [set(group) for group in layout.groups("tp_cp")]
     return dict(traffic.sent), replicas, len(output) * output.size(1)
+
+
+def evaluated(experiment: Experiment) -> tuple[str, Tensor]:
+    """The dispatcher of a model's first MoE layer, and what the layer makes of the same tokens on all ranks."""
+    from megatron.core.transformer.moe import moe_layer
+
+    made = steps_on_ranks.build(experiment)
+    layer: Any = next(part for part in made.chunks[0].modules() if isinstance(part, moe_layer.MoELayer))
+    generator, width = torch.Generator().manual_seed(5), experiment.model.hidden_size
+    with torch.no_grad():
+        output, _ = layer.eval()(torch.randn(7, 2, width, generator=generator))
+    return type(layer.token_dispatcher).__name__, output

@@ -131,3 +131,21 @@ def test_experts_spread_over_replicas_take_tokens_out_of_them() -> None:
     for sent, replicas, _ in ranks(4).run(on_ranks.replica_traffic, spread):
         assert sent[0, 1, 2, 3] > 0
         assert {0, 1, 2, 3} not in replicas
+
+
+@pytest.mark.second_pair
+@pytest.mark.parametrize(
+    "fold",
+    [layout(tp=2), layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2)],
+    ids=["EDP", "ETP2"],
+)
+def test_a_model_on_replicated_tokens_dispatches_none(fold: dict[str, Any]) -> None:
+    """Inference: 7 places, which no two ranks could share evenly, without sequence parallelism."""
+    moe = {**MOE, "moe_shared_expert_intermediate_size": 16}
+    one = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1, "expert_tensor_parallel_size": 1}
+    alone = experiment(moe, parallel=fold | one, model={"num_layers": 1})
+    ((_, expected),) = ranks(1).run(on_ranks.evaluated, alone)
+    spread = experiment(moe, parallel=fold | {"sequence_parallel": False}, model={"num_layers": 1})
+    for name, output in ranks(2).run(on_ranks.evaluated, spread):
+        assert name == "Replicated"
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
