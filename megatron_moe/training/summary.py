@@ -90,8 +90,11 @@ def _dispatcher(trainer: Trainer) -> str | None:
         return None
     costs = {journey.dispatcher: journey.bytes for journey in dispatch.journeys}
     others = ", ".join(f"{name} {size(cost)}" for name, cost in costs.items() if name != dispatch.dispatcher)
-    sent = size(costs[dispatch.dispatcher])
-    return f"Tokens travel to their experts by {dispatch.dispatcher}: {sent} a token ({others})"
+    sent, precision = size(costs[dispatch.dispatcher]), {2: "bf16", 4: "fp32"}[dispatch.element_size]
+    return (
+        f"Tokens travel by {dispatch.dispatcher}: {sent} a token and MoE layer forward, "
+        f"counted in {precision} ({others})"
+    )
 
 
 def _curves(trainer: Trainer) -> list[tuple[str, str]]:

@@ -186,7 +186,7 @@ def replica_traffic(experiment: Experiment) -> tuple[dict[tuple[int, ...], int],
 
 
 def evaluated(experiment: Experiment) -> tuple[str, Tensor]:
-    """The dispatcher of a model's first MoE layer, and what the layer makes of the same tokens on all ranks."""
+    """The dispatcher of a model's first MoE layer, and what that makes of the same tokens on all ranks."""
     from megatron.core.transformer.moe import moe_layer
 
     made = steps_on_ranks.build(experiment)
