@@ -58,7 +58,7 @@ class Adaptive(Coefficient):
 
     def __init__(self, setting: AdaptiveCoefficient) -> None:
         super().__init__(setting.initial)
-        self.setting = setting
+        self.xi, self.maximum, self.beta = setting.xi, setting.maximum, setting.beta
         self.register_buffer("alpha", torch.tensor([setting.initial], dtype=torch.float64))
 
     @property
@@ -67,8 +67,8 @@ class Adaptive(Coefficient):
 
     def end_iteration(self, drop_rate: float | None) -> None:
         if drop_rate is not None:
-            beta, target = self.setting.beta, min(self.setting.xi * drop_rate, self.setting.maximum)
-            self.alpha.mul_(beta).add_((1 - beta) * target)
+            target = min(self.xi * drop_rate, self.maximum)
+            self.alpha.mul_(self.beta).add_((1 - self.beta) * target)
 
 
 class Scheduled(Coefficient):
@@ -83,17 +83,17 @@ class Scheduled(Coefficient):
 
     def __init__(self, setting: ScheduledCoefficient) -> None:
         super().__init__(setting.start)
-        self.setting = setting
+        self.start, self.end, self.iterations = setting.start, setting.end, setting.iterations
+        self.is_cosine = setting.style == "cosine"
         self.register_buffer("done", torch.zeros(1, dtype=torch.float64))
 
     @property
     def value(self) -> Tensor:
-        setting = self.setting
-        way = (self.done[0] / setting.iterations).clamp(max=1)
-        if setting.style == "cosine":
+        way = (self.done[0] / self.iterations).clamp(max=1)
+        if self.is_cosine:
             way = (1 - torch.cos(math.pi * way)) / 2
         # Both ends are met exactly.
-        return setting.start * (1 - way) + setting.end * way
+        return self.start * (1 - way) + self.end * way
 
     def end_iteration(self, drop_rate: float | None) -> None:
         self.done.add_(1)
