@@ -37,6 +37,13 @@ def shadowing(e: Experiment) -> Problems:
     if set_value(e.parallel.expert_tensor_parallel_size) > 1:
         text = f"copies whole experts, which no rank has with {ETP}"
         yield Problem((_SHADOWING, ETP), text, f"set {ETP} to 1, or leave this out")
+    if e.moe.moe_pad_expert_input_to_capacity:
+        padded = "moe.moe_pad_expert_input_to_capacity"
+        yield Problem(
+            (_SHADOWING, padded),
+            f"does not go with {padded}: copies compute what they get",
+            "keep one of the two",
+        )
     maximum, experts = f"{_SHADOWING}.maximum", "moe.num_moe_experts"
     if e.moe.moe_shadowing.maximum >= e.moe.num_moe_experts:
         text, most = f"is not below {experts}", e.moe.num_moe_experts - 1

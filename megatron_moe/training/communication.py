@@ -1,4 +1,4 @@
-"""How long tokens travelled in a step, and how much of that was hidden behind computation."""
+"""How long tokens travelled in a step, how much of that was hidden, and what travelled to them instead."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import torch.distributed as dist
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.checkpoint import unwrap
+from megatron_moe.model.moe.dispatch.hot_experts import HotExperts
 from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 
 
 def is_measured(experiment: Experiment) -> bool:
     """Whether tokens travel to their experts, by dispatchers of ours."""
-    moe, parallel = experiment.moe, experiment.parallel
+    moe = experiment.moe
     if moe is None or moe.moe_token_dispatcher_type == "flex" or moe.overlap_moe_expert_parallel_comm:
         return False
-    return (parallel.expert_model_parallel_size or 1) * (parallel.expert_tensor_parallel_size or 1) > 1
+    return _expert_ranks(experiment) > 1
+
+
+def copies_experts(experiment: Experiment) -> bool:
+    """Whether hot experts may be copied."""
+    moe = experiment.moe
+    return moe is not None and moe.moe_shadowing is not None and _expert_ranks(experiment) > 1
 
 
 def begin(chunks: list[torch.nn.Module]) -> None:
@@ -41,6 +48,27 @@ def end(chunks: list[torch.nn.Module], device: torch.device) -> dict[str, float]
         "moe/communication_ms": 1000 * under_way / ranks,
         "moe/exposed_communication_ms": 1000 * waited / ranks,
     }
+
+
+def copied_experts(chunks: list[torch.nn.Module], device: torch.device) -> dict[str, float]:
+    """Experts that were copied since this was last asked, mean over microbatches and MoE layers.
+
+    A collective over the world.
+    """
+    counts = torch.zeros(2, dtype=torch.float64)
+    for module in (module for chunk in chunks for module in unwrap(chunk).modules()):
+        dispatcher = getattr(module, "token_dispatcher", None)
+        if isinstance(dispatcher, HotExperts):
+            counts += torch.tensor(dispatcher.take(), dtype=torch.float64)
+    total = counts.to(device)
+    dist.all_reduce(total)
+    copied, microbatches = total.tolist()
+    return {"moe/shadowed_experts": copied / microbatches}
+
+
+def _expert_ranks(experiment: Experiment) -> int:
+    parallel = experiment.parallel
+    return (parallel.expert_model_parallel_size or 1) * (parallel.expert_tensor_parallel_size or 1)
 
 
 def _of_layers(chunks: list[torch.nn.Module]) -> list[TransferTimes]:

@@ -130,6 +130,8 @@ class Trainer:
             record |= moe_metrics(sums.moe, self.experiment, detailed)
             microbatches = sums.moe.column("microbatches")
             record |= balance_metrics(sums.balance, microbatches, self.experiment, detailed)
+        if communication.copies_experts(self.experiment):
+            record |= communication.copied_experts(self.chunks, self.device.torch_device)
         if measured:
             record |= communication.end(self.chunks, self.device.torch_device)
         return record

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.config.schema.moe import Shadowing
 from megatron_moe.model.moe.dispatch.alltoall import AllToAll
 from megatron_moe.model.moe.dispatch.exchange import start
+from megatron_moe.model.moe.dispatch.hot_experts import HotExperts
 from megatron_moe.model.moe.dispatch.local import Local
 from megatron_moe.model.moe.experts import Experts, ExpertSettings
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
@@ -104,6 +106,15 @@ def run(case: Case, degrees: list[int], meanwhile: bool = False) -> list[dict[st
         dispatch = AllToAll(case.experts, groups, partial(start, group=groups.expert_ranks), degree)
         results.append(_outcome(dispatch, *case.of_rank(dist.get_rank()), _part(case, groups), meanwhile))
     return results
+
+
+def run_copied(case: Case, settings: Shadowing) -> dict[str, Any]:
+    """The same with copies of hot experts; `copied`: how many of them."""
+    groups = _groups(1)
+    others = AllToAll(case.experts, groups, partial(start, group=groups.expert_ranks), degree=2)
+    dispatch = HotExperts(others, case.experts, groups, settings)
+    result = _outcome(dispatch, *case.of_rank(dist.get_rank()), _part(case, groups), meanwhile=True)
+    return {**result, "copied": dispatch.take()[0]}
 
 
 def alone(case: Case, meanwhile: bool = False) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import capacity_cases
 import dispatch_cases
 import gate_cases
 import loss_cases
+import overlap_cases
 import verify_on_ranks as on_ranks
 from distributed import ranks
 from experiments import MOE, experiment, layout
@@ -40,6 +41,7 @@ LAYOUTS: dict[str, Sections] = {
     **dispatch_cases.DISPATCH_LAYOUTS,
     **gate_cases.GATE_LAYOUTS,
     **loss_cases.LOSS_LAYOUTS,
+    **overlap_cases.OVERLAP_LAYOUTS,
     # two ranks
     "DP2": {"parallel": layout(dp=2)},
     "TP2 dense, no SP": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
@@ -131,6 +133,7 @@ LAYOUTS: dict[str, Sections] = {
 SECOND_PAIR = (
     *capacity_cases.SECOND_PAIR,
     *dispatch_cases.SECOND_PAIR,
+    *overlap_cases.SECOND_PAIR,
     *gate_cases.SECOND_PAIR,
     "ETP2 biases",
     "PP2 VPP2 uneven",

@@ -17,6 +17,7 @@ from megatron_moe.model.moe.expert_loop import expert_loop
 from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_bias, grouped_linear
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
 from megatron_moe.model.moe.permutation import Permutation, to_experts, to_tokens
+from megatron_moe.model.moe.weight_row import weight_row
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Experts(torch.nn.Module):
     def flat(self, expert: int) -> Tensor:
         """All weights of a local expert in one row, for `of_flat` on another rank."""
         self._wait_for_weights()
-        return torch.cat([weight[expert].flatten() for weight in self._weights() if weight is not None])
+        return torch.cat([weight_row(weight, expert) for weight in self._weights() if weight is not None])
 
     def of_flat(self, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, None]]:
         """Experts with the weights of these rows [n, numbers], to be called as those of this rank."""

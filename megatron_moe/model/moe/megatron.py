@@ -58,7 +58,7 @@ def experts_class(moe: MoE) -> type[Experts]:
 
         def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
             if moe.overlap_moe_expert_parallel_comm and self.num_local_experts == 1:
-                # Its schedule frees what it hands to experts; where there are several, they are sorted copies.
+                # Its schedule frees what it hands to experts; of several they sort a copy.
                 tokens = tokens.clone()
             return super().forward(tokens, tokens_per_expert, probs)
 

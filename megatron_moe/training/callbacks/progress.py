@@ -83,6 +83,8 @@ class ProgressBar(Callback):
         )
         if "global_batch_size" in record:
             line += f"  batch {record['global_batch_size']}"
+        if "moe/shadowed_experts" in record:
+            line += f"  copied experts {record['moe/shadowed_experts']:.2f}"
         if record.get("moe/communication_ms"):
             line += f"  {_exchange(record)}"
         if "skipped" in record:

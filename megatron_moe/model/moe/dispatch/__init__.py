@@ -13,6 +13,7 @@ from megatron_moe.model.moe.dispatch.allgather import AllGather
 from megatron_moe.model.moe.dispatch.alltoall import AllToAll
 from megatron_moe.model.moe.dispatch.deduplicated import Deduplicated
 from megatron_moe.model.moe.dispatch.dispatcher import Dispatcher, Start
+from megatron_moe.model.moe.dispatch.hot_experts import HotExperts
 from megatron_moe.model.moe.dispatch.local import Local
 from megatron_moe.model.moe.dispatch.replicated import Replicated
 from megatron_moe.model.moe.dispatch.transfer import TransferTimes
@@ -41,7 +42,10 @@ def dispatcher(
     if name == "deduplicated":
         return Deduplicated(moe.num_moe_experts, groups, start)
     assert name == "alltoall", name
-    return AllToAll(moe.num_moe_experts, groups, start, moe.moe_overlap_degree)
+    alltoall = AllToAll(moe.num_moe_experts, groups, start, moe.moe_overlap_degree)
+    if moe.moe_shadowing is None:
+        return alltoall
+    return HotExperts(alltoall, moe.num_moe_experts, groups, moe.moe_shadowing, times)
 
 
 def _start(moe: MoE, groups: MoEGroups, times: TransferTimes | None) -> Start:
