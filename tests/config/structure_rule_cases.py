@@ -42,7 +42,7 @@ STRUCTURE_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [ENGINE, "moe.moe_expert_activation=relu"],
         ["moe.moe_expert_activation=swiglu"],
         "moe.moe_expert_activation",
-        "relu is not model.activation (swiglu, default), which the experts of",
+        '"relu" is not model.activation ("swiglu", default), which the experts of',
     ),
     (
         "experts_of_transformer_engine",
@@ -50,6 +50,6 @@ STRUCTURE_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         [ENGINE, "moe.moe_expert_dropout=0.1"],
         ["model.spec=native"],
         "moe.moe_expert_dropout",
-        "0.1 is not in the experts of model.spec (transformer_engine, override)",
+        '0.1 is not in the experts of model.spec ("transformer_engine", override)',
     ),
 ]
