@@ -122,19 +122,26 @@ def with_a_broken_gradient(experiment: Experiment, run: Path) -> list[dict[str, 
 
     Returns for each step the record as the file has it, and whether any weight of this rank changed.
     """
+    from megatron.core.utils import get_model_config
+
     from megatron_moe.training.callbacks.metrics_file import without_nan
 
     trainer = begin(experiment, run)
     batches = trainer.microbatches(trainer.datasets.train, 0, shuffle=True)
-    expert = next(weight for name, weight in trainer.chunks[0].named_parameters() if "experts" in name)
+    expert: Any = next(weight for name, weight in trainer.chunks[0].named_parameters() if "experts" in name)
+    config = get_model_config(trainer.chunks[0])
+    finalize = config.finalize_model_grads_func
+
+    def spoil(*args: Any, **kwargs: Any) -> None:
+        expert.main_grad.flatten()[0] = float("nan")
+        finalize(*args, **kwargs)
+
     result = []
     for number in range(3):
         before = [weight.detach().clone() for weight in trainer.chunks[0].parameters()]
         breaks = number == 1 and dist.get_rank() == dist.get_world_size() - 1
-        hook = expert.register_hook(lambda gradient: gradient * float("nan")) if breaks else None
+        config.finalize_model_grads_func = spoil if breaks else finalize
         record = trainer.step(batches)
-        if hook is not None:
-            hook.remove()
         changed = any(
             not torch.equal(a, b) for a, b in zip(before, trainer.chunks[0].parameters(), strict=True)
         )
