@@ -151,10 +151,19 @@ def with_a_broken_gradient(experiment: Experiment, run: Path) -> list[dict[str, 
 
 def decays(experiment: Experiment, run: Path) -> dict[str, float]:
     """By which part of itself each parameter shrinks in a step whose gradients are all zero."""
+    from megatron.core.utils import get_model_config
+
     trainer = begin(experiment, run)
     chunk = unwrap(trainer.chunks[0])
+    config = get_model_config(trainer.chunks[0])
+    finalize = config.finalize_model_grads_func
+
+    def empty(*args: Any, **kwargs: Any) -> None:
+        finalize(*args, **kwargs)
+        trainer.chunks[0].zero_grad_buffer()  # type: ignore[operator]
+
+    config.finalize_model_grads_func = empty
     for weight in chunk.parameters():
-        weight.register_hook(torch.zeros_like)
         if weight.dim() == 1:
             torch.nn.init.ones_(weight)  # so that a bias has something to lose
     trainer.optimizer.reload_model_params()
