@@ -42,7 +42,8 @@ class Journey:
     bytes_between_nodes: float | None
     """Those of `bytes` that leave the node; None where `moe.moe_ranks_per_node` is not set."""
     bytes_a_microbatch: int
-    """What a rank sends beside that, however many tokens: how many rows are to be expected."""
+    """What a rank sends beside that, however many tokens: how many rows are to be expected, which under
+    allgather only a host compares."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _journey(name: Name, moe: MoE, hidden_size: int, element_size: int, ranks: R
         "allgather": 1.0,
         "deduplicated": 1 - comb(e - here, k) / comb(e, k),
     }
-    told = {"alltoall": here, "allgather": 0, "deduplicated": 1}[name]
+    told = {"alltoall": here, "allgather": 1, "deduplicated": 1}[name]
     counts = told * (together - 1)
     row = 2 * hidden_size * element_size + beside
     rows, between = to_each[name] * (together - 1), None

@@ -8,7 +8,7 @@ import dispatch_on_ranks as on_ranks
 import pytest
 import torch
 from dispatch_on_ranks import Case
-from distributed import ranks
+from distributed import RankError, ranks
 from experiments import MOE, experiment, layout
 
 from megatron_moe.config.schema.moe import MoE
@@ -149,3 +149,10 @@ def test_a_model_on_replicated_tokens_dispatches_none(fold: dict[str, Any]) -> N
     for name, output in ranks(2).run(on_ranks.evaluated, spread):
         assert name == "Replicated"
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unequal_ranks_are_told_that_allgather_needs_equal_ones() -> None:
+    with pytest.raises(
+        RankError, match=r"equally many tokens on all ranks, and they have \[5, 3\]; use alltoall"
+    ):
+        ranks(2).run(on_ranks.dispatched, Case(settings("allgather"), 2, 1, (5, 3)))

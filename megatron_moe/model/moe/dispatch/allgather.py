@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_moe.model.moe.dispatch import labels
 from megatron_moe.model.moe.dispatch.dispatcher import Experts
-from megatron_moe.model.moe.dispatch.gathering import Gathering, scatter_sum
+from megatron_moe.model.moe.dispatch.gathering import Gathering, check_equal, scatter_sum
 from megatron_moe.model.moe.dispatch.local import by_local_experts
 from megatron_moe.model.moe.dispatch.seats import experts_here, routing_here
 from megatron_moe.model.moe.dispatch.transfer import TransferTimes
@@ -20,7 +20,8 @@ class AllGather:
     """A `Dispatcher` whose traffic does not depend on k, and that asks the host for nothing.
 
     Each rank of the group sends its tokens to all others, and computes what its experts, or its parts of
-    them, get. All ranks must have equally many tokens.
+    them, get. All ranks must have equally many tokens; a host looks whether they have, a device, which
+    would have to be waited for, does not.
 
     Args:
         num_experts: e.
@@ -39,6 +40,8 @@ class AllGather:
         experts: Experts,
         meanwhile: Callable[[], Tensor] | None = None,
     ) -> Tensor:
+        if not tokens.is_cuda:
+            check_equal(len(tokens), self.group)
         under_way = (
             Gathering(tokens, self.group, self.times),
             Gathering(labels.write(routing), self.group, self.times),

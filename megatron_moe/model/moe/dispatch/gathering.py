@@ -33,6 +33,17 @@ class Gathering:
         return rows
 
 
+def check_equal(count: int, group: Any) -> None:
+    """Raise ValueError unless all ranks have as many rows: the backend would end the process."""
+    counts = torch.empty(size(group), dtype=torch.int64)
+    dist.all_gather_into_tensor(counts, torch.tensor([count]), group=group)
+    if (counts != count).any():
+        raise ValueError(
+            "the dispatcher allgather needs equally many tokens on all ranks, and they have "
+            f"{counts.tolist()}; use alltoall or deduplicated (moe_token_dispatcher_type), which take any"
+        )
+
+
 def scatter_sum(rows: Tensor, group: Any, times: TransferTimes) -> Tensor:
     """[ranks * t, ..] -> [t, ..]: what all ranks have for this one, added up."""
     result: Tensor = _ScatterSum.apply(rows, _Flight(group, times))
