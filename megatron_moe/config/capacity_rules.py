@@ -29,14 +29,19 @@ def capacity_that_is_used(e: Experiment) -> Problems:
 
 
 def padded_experts(e: Experiment) -> Problems:
-    """An expert that is computed in parts would be filled up in each, and who sends tokens by the library of
-    `flex` does not fill up."""
+    """An expert that is computed in parts would be filled up in each, and Megatron-Core's own layer does not
+    fill up as ours does."""
     moe, degree, dispatcher = e.moe, "moe.moe_overlap_degree", "moe.moe_token_dispatcher_type"
     if moe is None or not moe.moe_pad_expert_input_to_capacity:
         return
-    if moe.moe_token_dispatcher_type == "flex":
-        text = f"does not go with flex in {dispatcher}, whose layer is Megatron-Core's"
-        yield Problem((_PADDED, dispatcher), text, f"leave {_PADDED} out, or use alltoall")
+    of_megatron = {
+        dispatcher: moe.moe_token_dispatcher_type == "flex",
+        "moe.overlap_moe_expert_parallel_comm": moe.overlap_moe_expert_parallel_comm,
+    }
+    for key, is_set in of_megatron.items():
+        if is_set:
+            text = f"does not go with {key}, under which the layer is Megatron-Core's"
+            yield Problem((_PADDED, key), text, f"leave {_PADDED} out, or {key}")
     local = moe.num_moe_experts // set_value(e.parallel.expert_model_parallel_size)
     if moe.moe_overlap_degree > max(local, 1):
         text = f"cuts experts in parts, each of which {_PADDED} would fill up"

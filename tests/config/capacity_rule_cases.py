@@ -55,6 +55,6 @@ CAPACITY_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         ],
         ["moe.moe_token_dispatcher_type=alltoall"],
         PADDED,
-        "does not go with flex",
+        "does not go with moe.moe_token_dispatcher_type",
     ),
 ]
