@@ -27,8 +27,9 @@ OF_OUR_EXPERTS = (
     "moe_expert_activation",
     "moe_expert_dropout",
     "moe_expert_init_scale",
+    "moe_shadowing",
 )
-"""Keys that say what experts are made of."""
+"""Keys that say what experts are made of, or copy them."""
 
 
 class Mixture(torch.nn.Module):
