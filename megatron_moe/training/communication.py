@@ -73,4 +73,5 @@ def _expert_ranks(experiment: Experiment) -> int:
 
 def _of_layers(chunks: list[torch.nn.Module]) -> list[TransferTimes]:
     layers = [module for chunk in chunks for module in unwrap(chunk).modules()]
-    return [layer.transfer_times for layer in layers if hasattr(layer, "transfer_times")]
+    found = (getattr(layer, "transfer_times", None) for layer in layers)
+    return [times for times in found if times is not None]
