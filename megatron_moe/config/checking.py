@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import ValidationError
 
 from megatron_moe.config.keys import (
+    alternatives,
     hints,
     known_keys,
     meant,
@@ -155,7 +156,8 @@ def _is_of_what_is_meant(location: tuple[int | str, ...], values: Any) -> bool:
             is_chosen = True
             if isinstance(values, dict) and part != meant_variant(variants, values).__name__:
                 return False
-            if not in_list and isinstance(values, list) != str(part).startswith("list["):
+            has_list = any(get_origin(kind) is list for kind in alternatives(_annotation(key)))
+            if has_list and not in_list and isinstance(values, list) != str(part).startswith("list["):
                 return False
     return True
 

@@ -115,6 +115,12 @@ def test_a_mistake_is_one_line(tmp_path: Path, written: str, lines: list[str]) -
     assert found == [f"experiment.yaml:5: {line}" for line in lines]
 
 
+@pytest.mark.parametrize("written", ["[]", "[0.1, 0.2]", "[{xi: 1}]"])
+def test_a_list_is_refused_where_one_coefficient_stands(tmp_path: Path, written: str) -> None:
+    (line,) = problems(tmp_path, with_coefficient(None, f"moe_z_loss_coeff: {written}"))
+    assert line.startswith(f"experiment.yaml:5: moe.moe_z_loss_coeff: {TAKES} (")
+
+
 def test_right_coefficients_stand_beside_other_mistakes(tmp_path: Path) -> None:
     """Rules still look at them."""
     found = problems(tmp_path, with_coefficient("[0.1, {xi: 0.3}]", "moe_router_topk: 0"))
