@@ -46,6 +46,17 @@ def compute(
     return [output.detach(), *(x.grad for x in (*leaves, *parameters))]
 
 
+def dropped(experiment: Experiment) -> tuple[Tensor, bool]:
+    """What dropout leaves of [64, f] ones in this rank's first experts, and whether the default random state
+    stayed as it was."""
+    groups.initialize_model_parallel(plans.make(experiment).layout, seed=1, timeout_s=60)
+    experts = next(x for x in chunk(experiment, sequential=False).modules() if isinstance(x, Experts))
+    before = torch.get_rng_state()
+    left = experts._survivors(torch.ones(64, experts.linear_fc1.size(1)))
+    assert left is not None
+    return left, torch.equal(before, torch.get_rng_state())
+
+
 def with_sequential_experts() -> Any:
     """Megatron-Core's own experts in our layers, while the context holds."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec

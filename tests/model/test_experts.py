@@ -9,8 +9,10 @@ import experts_on_ranks
 import pytest
 import torch
 from distributed import ranks
-from experiments import experiment, layout
+from experiments import MOE, experiment, layout
 from torch import Tensor
+
+from megatron_moe.model.moe.experts import Experts, ExpertSettings
 
 SIZES = {"uneven": [3, 0, 5, 2], "all on one": [0, 10, 0, 0], "no tokens": [0, 0, 0, 0]}
 ACTIVATIONS = {
@@ -89,6 +91,32 @@ def test_values_and_gradients(activation: str, sizes: list[int], biased: bool, d
         assert float((mine.double() - exact).norm()) <= tolerance * float(exact.norm())
 
 
+def test_dropout_behind_the_activation() -> None:
+    """What is left is larger by as much as is dropped; in evaluation nothing is."""
+    experts = Experts(2, ExpertSettings(3, 400, "relu", dropout=0.25))
+    for weight in (experts.linear_fc1, experts.linear_fc2):
+        torch.nn.init.constant_(weight, 1.0)
+    # Each activation is 3, each output the sum of those that are left.
+    tokens, sizes, probs = torch.ones(50, 3), torch.tensor([20, 30]), torch.full((50,), 0.5)
+    torch.manual_seed(0)
+    left = experts(tokens, sizes, probs)[0].detach() / (0.5 * 3 / 0.75)
+    torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-3)
+    assert 0.7 < float(left.mean()) / 400 < 0.8 and float(left.std()) > 1
+    torch.testing.assert_close(experts.eval()(tokens, sizes, probs)[0], torch.full((50, 3), 600.0))
+
+
+@pytest.mark.second_pair
+def test_ranks_of_a_tensor_parallel_group_drop_differently() -> None:
+    setup = experiment(
+        parallel=SPLIT["EDP"],
+        model={"num_layers": 1},
+        moe={**MOE, "moe_expert_dropout": 0.5},
+    )
+    (first, first_kept), (second, second_kept) = ranks(2).run(experts_on_ranks.dropped, setup)
+    assert first_kept and second_kept
+    assert 0.4 < float((first == second).float().mean()) < 0.6
+
+
 @pytest.mark.second_pair
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
@@ -116,3 +144,27 @@ def test_checkpoints_are_interchangeable(name: str, from_sequential: bool, tmp_p
         experts_on_ranks.exchanged, setup, str(tmp_path), from_sequential, tokens
     ):
         torch.testing.assert_close(loaded, saved, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
+def test_dropout_stands_behind_the_activation(recompute: bool) -> None:
+    """With an identity behind it the output shows it: each channel is 0, or 1 / (1 - p) of what it is without;
+    and the gradient goes the same way."""
+    width, count, probability = 16, 400, 0.25
+    settings = {"activation": "relu", "dropout": probability, "recompute_activation": recompute}
+    experts = Experts(2, ExpertSettings(width, width, **settings))  # type: ignore[arg-type]
+    with torch.no_grad():
+        experts.linear_fc1.copy_(torch.eye(width))
+        experts.linear_fc2.copy_(torch.eye(width))
+    tokens = (torch.rand(count, width) + 0.5).requires_grad_()
+    probs, sizes = torch.rand(count) + 0.5, torch.tensor([count - 50, 50])
+    output, _ = experts(tokens, sizes, probs)
+    whole = (tokens * probs[:, None]).detach()
+    shares = output.detach() / whole
+    survives = shares != 0
+    torch.testing.assert_close(shares, survives / (1 - probability))
+    assert float(survives.float().mean()) == pytest.approx(1 - probability, abs=0.03)
+    output.sum().backward()
+    torch.testing.assert_close(tokens.grad, probs[:, None] * survives / (1 - probability))
+    experts.eval()
+    torch.testing.assert_close(experts(tokens, sizes, probs)[0], whole)

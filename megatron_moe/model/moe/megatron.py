@@ -62,6 +62,16 @@ def experts_class(moe: MoE) -> type[Experts]:
                 tokens = tokens.clone()
             return super().forward(tokens, tokens_per_expert, probs)
 
+        def _survivors(self, inner: Tensor) -> Tensor | None:
+            """Drawn from the state of the experts: the ranks of a tensor-parallel group share the default
+            one, and their experts would drop alike."""
+            from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
+
+            if not self.training or not self.settings.dropout:
+                return None
+            with tensor_parallel.get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                return super()._survivors(inner)
+
     return MegatronExperts
 
 
