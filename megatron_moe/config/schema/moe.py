@@ -64,7 +64,7 @@ BalanceLoss = Literal[
 
 
 class Shadowing(Section):
-    """FasterMoE's shadowing: an overloaded expert is copied to all ranks of its group for one iteration when
+    """FasterMoE's shadowing: an overloaded expert is copied to all ranks of its group for one microbatch when
     the model says that this takes less time than its imbalance."""
 
     flops_per_second: PositiveFloat
@@ -181,14 +181,15 @@ class MoE(Section):
     """Ranks of one node, for an all-to-all in two levels: inside nodes, then between them. For experts over
     several nodes: it divides EP x ETP. Default: one level."""
     moe_overlap_degree: PositiveInt = 1
-    """Parts that the all-to-all is split in, so that one part travels while another is computed."""
+    """Parts that the all-to-all is split in, between experts, so that one part travels while another is
+    computed. More parts than a rank has experts also cut the rows of experts."""
     moe_shared_expert_overlap: bool = False
     """Compute the shared experts while tokens travel."""
     overlap_moe_expert_parallel_comm: bool = False
     """Megatron-Core's batch-level overlap: the forward pass of one microbatch hides the all-to-all of
     another's backward pass. Needs bf16."""
     moe_shadowing: Shadowing | None = None
-    """Copy overloaded experts for an iteration (FasterMoE). Leave the section out for none."""
+    """Copy overloaded experts for a microbatch (FasterMoE). Leave the section out for none."""
     moe_permute_fusion: bool = False
     """Sort tokens by expert in one kernel, where the layer is Megatron-Core's own: with the dispatcher `flex`
     or overlap_moe_expert_parallel_comm. Needs Transformer Engine and a GPU."""
