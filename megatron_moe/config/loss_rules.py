@@ -67,7 +67,8 @@ def device_groups(e: Experiment) -> Problems:
     elif groups is None:
         text = f"needs {_GROUPS} for its {wanting[0]}"
         yield Problem((_LOSS, _GROUPS), text, f"set that to {divisors_of(experts)}")
-    elif experts % groups:
+    elif experts % groups and groups != e.moe.moe_router_num_groups and e.moe.moe_router_gate != "swipe":
+        # Else a rule about the router says so.
         yield Problem((_GROUPS, _EXPERTS), f"does not divide {_EXPERTS}", f"use {divisors_of(experts)}")
 
 

@@ -46,10 +46,13 @@ MARKED = ("noisy_topk", "gshard", "hash", "forced_balance")
 
 
 def topk_within_experts(e: Experiment) -> Problems:
-    """A token goes to different experts."""
-    if e.moe is not None and e.moe.moe_router_topk > e.moe.num_moe_experts:
-        text, advice = f"is more than {_EXPERTS}", f"use at most {e.moe.num_moe_experts}"
-        yield Problem((_TOPK, _EXPERTS), text, advice)
+    """A token goes to different experts; a gate that chooses another number says so itself."""
+    if e.moe is None or e.moe.moe_router_topk <= e.moe.num_moe_experts:
+        return
+    wanted = CHOICES.get(e.moe.moe_router_gate)
+    if wanted is None or wanted == e.moe.moe_router_topk:
+        advice = f"use at least {wanted} experts" if wanted else f"use at most {e.moe.num_moe_experts}"
+        yield Problem((_TOPK, _EXPERTS), f"is more than {_EXPERTS}", advice)
 
 
 def choices_of_gate(e: Experiment) -> Problems:
@@ -101,13 +104,13 @@ def hash_learns_nothing(e: Experiment) -> Problems:
 
 def expert_bias_needs_sigmoid(e: Experiment) -> Problems:
     """Biases move scores that are not shares of one (DeepSeek-V3)."""
-    if e.moe is None or e.moe.moe_router_gate not in READ_BY[_BIAS]:
+    if e.moe is None:
         return
     if not e.moe.moe_router_enable_expert_bias:
         if _is_set(e.moe, _RATE):
             text = f"has no effect without {_BIAS}"
             yield Problem((_RATE, _BIAS), text, "set that to true, or leave this out")
-    elif e.moe.moe_router_score_function == "softmax":
+    elif e.moe.moe_router_gate in READ_BY[_BIAS] and e.moe.moe_router_score_function == "softmax":
         yield Problem((_BIAS, _SCORE), f"does not go with a softmax in {_SCORE}", f"set {_SCORE} to sigmoid")
 
 
@@ -128,8 +131,10 @@ def groups_of_experts(e: Experiment) -> Problems:
         yield Problem((_CHOSEN, _GROUPS), f"is more than {_GROUPS}", f"use at most {groups}")
     elif not chosen <= e.moe.moe_router_topk <= chosen * (e.moe.num_moe_experts // groups):
         inside = e.moe.num_moe_experts // groups
-        text = f"groups of {inside} experts do not hold {_TOPK} choices with one in each"
-        yield Problem((_CHOSEN, _TOPK), text, f"use from {chosen} to {chosen * inside} choices")
+        group, expert = ("group" if chosen == 1 else "groups"), ("expert" if inside == 1 else "experts")
+        text = f"{group} of {inside} {expert} cannot hold {_TOPK} choices with one in each"
+        fitting = str(chosen) if inside == 1 else f"a number from {chosen} to {chosen * inside}"
+        yield Problem((_CHOSEN, _TOPK), text, f"set {_TOPK} to {fitting}")
 
 
 def logit_normalization(e: Experiment) -> Problems:
@@ -147,7 +152,7 @@ def logit_normalization(e: Experiment) -> Problems:
 
 
 def workers_of_swipe(e: Experiment) -> Problems:
-    """The gate's workers have equal shares of the experts."""
+    """The gate's workers have equal shares of the experts, as the groups of losses (`loss_rules`)."""
     key = "moe.moe_num_device_groups"
     if e.moe is None or e.moe.moe_router_gate != "swipe" or e.moe.moe_num_device_groups is None:
         return
