@@ -113,7 +113,8 @@ def test_later_steps_agree_with_one_process(tmp_path: Path, name: str) -> None:
 
 def test_a_loss_over_the_global_batch_does_not_move_with_its_cut() -> None:
     """Samples have padding, so that microbatches have different numbers of tokens."""
-    moe = losses("global_aux_loss", "seq_aux_loss", coefficient=1.0)
+    # The z-loss is a mean over each microbatch's own tokens.
+    moe = losses("global_aux_loss", "seq_aux_loss", coefficient=1.0, moe_z_loss_coeff=0.0)
 
     def cut(micro_batch_size: int, replicas: int) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
         # Else the language model's loss would be a mean over each microbatch's targets.
@@ -129,7 +130,7 @@ def test_a_loss_over_the_global_batch_does_not_move_with_its_cut() -> None:
         for a, b in zip(found, whole, strict=True):
             for key in ("loss", "moe/loss/global_aux_loss", "moe/loss/seq_aux_loss"):
                 assert a[key] == pytest.approx(b[key], rel=1e-6), key
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
         assert all(torch.equal(carried[name], value) for name, value in state.items())
 
 
