@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.model.moe import expert_loop as loops
+from megatron_moe.model.moe import weight_gradient
 from megatron_moe.model.moe.expert_loop import expert_loop
 
 HIDDEN, WIDTH = 6, 5
@@ -147,3 +148,33 @@ def test_it_agrees_with_grouped_products() -> None:
     looped = experts.of_unsorted(tokens, permutation, probs)
     experts._loops = lambda tokens: False  # type: ignore[method-assign]
     torch.testing.assert_close(looped, experts.of_unsorted(tokens, permutation, probs))
+
+
+def test_large_gradients_use_their_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But never memory that somebody still looks at."""
+    monkeypatch.setattr(weight_gradient, "REUSED_BYTES", 0)
+    sizes = SIZES["uneven"]
+    tokens, probs, *weights = (x.detach() for x in sample("swiglu", sizes, torch.float32, tokens=12))
+    fc1, fc2 = (torch.nn.Parameter(x) for x in weights)
+
+    def gradient(scale: float) -> Tensor:
+        fc1.grad = None
+        (scale * expert_loop(tokens, probs, fc1, fc2, "swiglu", sizes)).sum().backward()
+        assert fc1.grad is not None
+        return fc1.grad
+
+    place, expected = gradient(1.0).data_ptr(), gradient(1.0).clone()
+    assert gradient(1.0).data_ptr() == place
+    for held in (gradient(1.0), gradient(1.0)[1:].view(-1), gradient(1.0).numpy()):
+        before = held.copy() if not isinstance(held, Tensor) else held.clone()
+        assert torch.equal(gradient(2.0), 2 * expected)
+        assert (before == held).all()
+    # Accumulated over two passes, and asked for twice without a place in the parameter.
+    gradient(1.0)
+    expert_loop(tokens, probs, fc1, fc2, "swiglu", sizes).sum().backward()
+    torch.testing.assert_close(fc1.grad, 2 * expected)
+    first, second = (
+        torch.autograd.grad((scale * expert_loop(tokens, probs, fc1, fc2, "swiglu", sizes)).sum(), fc1)[0]
+        for scale in (1.0, 2.0)
+    )
+    assert torch.equal(first, expected) and torch.equal(second, 2 * expected)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_moe.model.moe.weight_gradient import WeightGradient
+
 BLOCK_ROWS = 512
 """Experts with few tokens share a block up to so many rows: fewer and larger steps between the products."""
 
@@ -228,34 +230,3 @@ def _rows(tokens: Tensor, sources: Tensor | None, block: _Block, memory: Tensor 
     if sources is None or memory is None:
         return tokens[block.rows]
     return torch.index_select(tokens, 0, sources[block.rows], out=memory[: block.length])
-
-
-class WeightGradient:
-    """The gradient of the experts' weights [e, out, in], written product by product.
-
-    Where Megatron-Core's gradient buffer holds a place for it, `main_grad`, products are added there at once,
-    which saves writing a gradient, reading it and adding it. Megatron-Core knows this from its fused kernels:
-    `grad_added_to_main_grad` keeps its hook from adding what autograd is given, which is empty.
-    """
-
-    def __init__(self, weight: Tensor, needed: bool) -> None:
-        self.weight, self.needed = weight, needed
-        self.gradient = torch.empty_like(weight) if needed else None
-        target, main = self.gradient, getattr(weight, "main_grad", None)
-        self.adds = needed and main is not None and main.dtype == weight.dtype
-        if self.adds:
-            target = main
-        self.parts = () if target is None else target.unbind()
-
-    def add(self, expert: int, left: Tensor, right: Tensor) -> None:
-        """The product is this expert's; each expert has one."""
-        if self.adds:
-            self.parts[expert].addmm_(left, right)
-        elif self.needed:
-            torch.mm(left, right, out=self.parts[expert])
-
-    def whole(self) -> Tensor | None:
-        """What autograd is to be given."""
-        if self.adds:
-            self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return self.gradient
