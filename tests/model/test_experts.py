@@ -144,27 +144,3 @@ def test_checkpoints_are_interchangeable(name: str, from_sequential: bool, tmp_p
         experts_on_ranks.exchanged, setup, str(tmp_path), from_sequential, tokens
     ):
         torch.testing.assert_close(loaded, saved, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recomputed"])
-def test_dropout_stands_behind_the_activation(recompute: bool) -> None:
-    """With an identity behind it the output shows it: each channel is 0, or 1 / (1 - p) of what it is without;
-    and the gradient goes the same way."""
-    width, count, probability = 16, 400, 0.25
-    settings = {"activation": "relu", "dropout": probability, "recompute_activation": recompute}
-    experts = Experts(2, ExpertSettings(width, width, **settings))  # type: ignore[arg-type]
-    with torch.no_grad():
-        experts.linear_fc1.copy_(torch.eye(width))
-        experts.linear_fc2.copy_(torch.eye(width))
-    tokens = (torch.rand(count, width) + 0.5).requires_grad_()
-    probs, sizes = torch.rand(count) + 0.5, torch.tensor([count - 50, 50])
-    output, _ = experts(tokens, sizes, probs)
-    whole = (tokens * probs[:, None]).detach()
-    shares = output.detach() / whole
-    survives = shares != 0
-    torch.testing.assert_close(shares, survives / (1 - probability))
-    assert float(survives.float().mean()) == pytest.approx(1 - probability, abs=0.03)
-    output.sum().backward()
-    torch.testing.assert_close(tokens.grad, probs[:, None] * survives / (1 - probability))
-    experts.eval()
-    torch.testing.assert_close(experts(tokens, sizes, probs)[0], whole)
