@@ -124,4 +124,6 @@ def test_metrics_are_those_that_a_run_writes(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE))
     (written,) = ranks(1).run(written_keys, tmp_path)
-    assert documented == written
+    # One rank sends no tokens: see training/test_exchange_overlap.py.
+    of_several_ranks = {"moe/communication_ms", "moe/exposed_communication_ms", "moe/shadowed_experts"}
+    assert documented == written | of_several_ranks

@@ -100,12 +100,17 @@ def test_it_is_measured_what_was_exposed(tmp_path: Path) -> None:
     """Every second step says how long tokens travelled, and how much of that the ranks waited for."""
     made = experiment(
         parallel=EDP,
-        moe={**EIGHT, "moe_overlap_degree": 2},
+        moe={
+            **EIGHT,
+            "moe_overlap_degree": 2,
+            "moe_shadowing": {"flops_per_second": 1e6, "bytes_per_second": 1e12},
+        },
         logging={"detail_interval": 2},
         training={"eval_interval": 1, "eval_iters": 1},
     )
     for seen in ranks(2).run(on_ranks.watch, made, tmp_path, 4):
         assert ["moe/communication_ms" in record for record in seen.records] == [False, True] * 2
+        assert all(0 < record["moe/shadowed_experts"] <= 2 for record in seen.records)
         for record in seen.records[1::2]:
             exposed, all_of_it = record["moe/exposed_communication_ms"], record["moe/communication_ms"]
             assert exposed > 0 and 0 < all_of_it <= 1000 * record["step_time_s"]
