@@ -53,5 +53,5 @@ def experts_of_transformer_engine(e: Experiment) -> Problems:
         text = "is not model.activation, which the experts of model.spec have"
         yield Problem(keys, text, "leave it out, or set model.spec to native")
     if e.moe.moe_expert_dropout:
-        keys = ("moe.moe_expert_dropout", "model.spec")
-        yield Problem(keys, "is not in the experts of model.spec", "use 0, or set model.spec to native")
+        of_dropout = ("moe.moe_expert_dropout", "model.spec")
+        yield Problem(of_dropout, "is not in the experts of model.spec", "use 0, or set model.spec to native")
