@@ -21,6 +21,6 @@ def wandb_names_are_names(e: Experiment) -> Problems:
             advice = f"for a project of {entity} use {rest}, and set logging.wandb.entity to {entity}"
         text = "is no name for a project: it must have at most 128 characters, none of them / \\ # ? % :"
         yield Problem(("logging.wandb.project",), text, advice)
-    if (entity := e.logging.wandb.entity) is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", entity):
+    if (owner := e.logging.wandb.entity) is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", owner):
         text = "is no name for a user or a team: letters, digits, - _ . only"
         yield Problem(("logging.wandb.entity",), text, "leave it out to take the account's")

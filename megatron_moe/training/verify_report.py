@@ -149,8 +149,8 @@ def print_report(report: Report, switched_off: list[str]) -> None:
         console.print("FAIL: the layout does not compute what one process computes.", style="bold red")
         if report.later_only:
             console.print(
-                "Up to there all agrees. A token whose experts' scores are almost equal may go to another one\n"
-                "once rounding has moved the weights: --steps 1 leaves that out."
+                "Up to there all agrees. A token whose experts' scores are almost equal may go to another\n"
+                "one once rounding has moved the weights: --steps 1 leaves that out."
             )
 
 

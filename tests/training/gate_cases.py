@@ -9,14 +9,19 @@ from experiments import MOE, layout
 EDP, CP2, PP2 = layout(tp=2), layout(cp=2), layout(pp=2)
 EP2 = layout(dp=2, expert_model_parallel_size=2)
 SIGMOID = {"moe_router_score_function": "sigmoid"}
-GROUPS = {"num_moe_experts": 8, "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_topk": 4}
+GROUPS: dict[str, Any] = {
+    "num_moe_experts": 8,
+    "moe_router_num_groups": 4,
+    "moe_router_group_topk": 2,
+    "moe_router_topk": 4,
+}
 
 
 def case(parallel: dict[str, Any], gate: str = "topk", **moe: Any) -> dict[str, Any]:
     return {"parallel": parallel, "moe": {**MOE, "moe_router_gate": gate, **moe}}
 
 
-HASH = {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.0}
+HASH: dict[str, Any] = {"moe_router_load_balancing_type": "none", "moe_z_loss_coeff": 0.0}
 
 GATE_LAYOUTS: dict[str, dict[str, Any]] = {
     "EDP expert bias, groups": case(EDP, **SIGMOID, **GROUPS, moe_router_enable_expert_bias=True),

@@ -152,8 +152,8 @@ def _router_arguments(config: Any, pg_collection: Any, seed: int) -> dict[str, A
 
 
 def _mark(router: Router, config: Any) -> None:
-    """Each tensor-parallel rank routes other tokens, so that gradients are summed over them. Losses are scaled
-    as the schedule scales the main one."""
+    """Each tensor-parallel rank routes other tokens, so that gradients are summed over them. Losses are
+    scaled as the schedule scales the main one."""
     router.loss_scale = megatron_scale
     for parameter in router.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -56,7 +56,9 @@ class RoutingStatistics:
         if microbatch.valid is not None:
             tokens = microbatch.valid.sum(dtype=torch.float64)
         numbers = [_z_squares(logits, microbatch), _entropy(scores), *_largest(scores, 3), tokens]
-        broken = torch.zeros_like(tokens) if logits is None else logits.sum().isfinite().logical_not().double()
+        broken = torch.zeros_like(tokens)
+        if logits is not None:
+            broken = logits.sum().isfinite().logical_not().double()
         routed, kept = self._assigned(choice.chosen, routing, microbatch)
         self.rows.append(
             torch.cat([routed, kept, scores.sum(0, dtype=torch.float64), torch.stack([*numbers, broken])])
