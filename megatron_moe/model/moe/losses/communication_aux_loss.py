@@ -13,7 +13,7 @@ def communication_aux_loss(given: LossInput) -> Tensor:
     group i, P''_i the sum of its experts' mean scores (DeepSeek-V2, eqs. 29 to 31).
 
     M is the most groups that a token is sent to: moe_router_group_topk where these are the groups that
-    routing is limited to, else what k allows. 1 at perfect balance where each token is sent to M groups. """
+    routing is limited to, else what k allows. 1 at perfect balance where each token is sent to M groups."""
     moe, groups = given.moe, device_groups(given.moe)
     most = min(moe.moe_router_topk, groups)
     if moe.moe_router_group_topk is not None and moe.moe_router_num_groups == groups:

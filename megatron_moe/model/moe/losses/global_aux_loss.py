@@ -15,7 +15,7 @@ def global_aux_loss(given: LossInput) -> Tensor:
     A microbatch brings its part of P: the sum of its scores over the mean number of tokens of the global
     batch's microbatches. So the mean over microbatches and replicas, and its gradient, are those of the
     global batch as one, however it is cut. f is the previous batch's because this one's is not known before
-    all of its microbatches have been routed. """
+    all of its microbatches have been routed."""
     assert given.previous_fractions is not None
     tokens = given.microbatch.count if given.mean_tokens is None else given.mean_tokens
     fractions = given.previous_fractions.to(given.choice.scores.dtype)
