@@ -368,6 +368,19 @@ def test_swipe_weighs_the_experts_that_it_assigns() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate != "hash"])
+def test_broken_logits_keep_no_gate_from_choosing(gate: str, value: float) -> None:
+    """The run ends once they are counted: nothing may wait or fail before."""
+    for broken in ((3, 4), (slice(None), 4), (slice(None), slice(None)), (5, slice(None))):
+        logits = logits_of(7)
+        logits[broken] = value
+        k = {"switch": 1, "gshard": 2}.get(gate, 2)
+        numbers = np.full((T, E), 0.5)
+        experts = choose(logits, numbers=numbers, moe_router_gate=gate, moe_router_topk=k).experts
+        assert experts.shape == (T, k) and experts.min() >= 0 and experts.max() < E
+
+
 def test_hash_spreads_the_vocabulary_evenly() -> None:
     vocabulary = np.arange(5 * E)
     choice = choose(np.zeros((5 * E, E)), vocabulary=vocabulary, moe_router_gate="hash", moe_router_topk=3)

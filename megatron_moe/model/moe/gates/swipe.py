@@ -56,6 +56,8 @@ def assign(values: Tensor, valid: Tensor | None, k: int, workers: int) -> tuple[
     """
     tokens, experts = values.shape
     share = experts // workers
+    # Beside minus infinity no expert would be better than those without room, and a token wait for ever.
+    values = values.nan_to_num()
     waiting = valid if valid is not None else torch.ones(tokens, dtype=torch.bool, device=values.device)
     room = torch.full((workers,), -(-int(waiting.sum()) * k // workers), device=values.device)
     free = torch.ones_like(values, dtype=torch.bool)
