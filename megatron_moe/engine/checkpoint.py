@@ -32,12 +32,23 @@ def save(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, common: di
     """
     from megatron.core import dist_checkpointing
 
+    _begin_moments(optimizer)
     state = _model_state(chunks)
     model = dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata())
     state["rng"] = _random_states_object()
     state["common"] = common
     dist_checkpointing.save(state, str(folder), _save_strategy(), content_metadata=METADATA)
+
+
+def _begin_moments(optimizer: Any) -> None:
+    """Give the optimizer the moments that its first update would start from. Where every step so far was
+    skipped it has none, and Megatron-Core's checkpoint fails with KeyError 'exp_avg' (0.16.1, 0.19.2)."""
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer and not part.optimizer.state and part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+            for group in part.optimizer.param_groups:
+                group.setdefault("step", 0)
 
 
 def load(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, with_rng: bool) -> dict[str, Any]:

@@ -57,6 +57,21 @@ def test_to_the_bit(tmp_path, sections, world_size):
     assert_same(tensors(checkpoint(broken, 4)), tensors(checkpoint(tmp_path / "whole", 4)))
 
 
+@pytest.mark.second_pair
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_where_every_step_so_far_was_skipped(tmp_path, precision):
+    """The optimizer has made no moments yet."""
+    training = {**TRAINING, "precision": precision}
+    made = experiment(parallel=EDP, training=training, checkpoint={"save_interval": 2})
+    whole = tmp_path / "whole"
+    assert ranks(2).run(on_ranks.train_spoiled, made, whole, 2) == [0, 0]
+    assert ["skipped" in record for record in records(whole)] == [True, True, False, False]
+    broken = copy_until(whole, tmp_path / "broken", 2)
+    assert ranks(2).run(on_ranks.train, made, broken) == [2, 2]
+    assert records(broken) == records(whole)
+    assert_same(tensors(checkpoint(broken, 4)), tensors(checkpoint(whole, 4)))
+
+
 def test_in_other_layouts(tmp_path):
     def made(parallel: dict, **training):
         return experiment(parallel=parallel, training={"train_iters": 6, "global_batch_size": 4, **training})

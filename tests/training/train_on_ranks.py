@@ -54,6 +54,28 @@ def train(experiment: Experiment, run: Path, stop_at: int = 0) -> int:
     return began
 
 
+def train_spoiled(experiment: Experiment, run: Path, spoiled: int) -> int:
+    """As `train`; the gradients of the first `spoiled` steps hold a NaN."""
+    from megatron.core.utils import get_model_config
+
+    trainer = begin(experiment, run)
+    checkpoint.resume(trainer)
+    began = trainer.iteration
+    config = get_model_config(trainer.chunks[0])
+    finalize, weight = config.finalize_model_grads_func, next(trainer.chunks[0].parameters())
+
+    def spoil(*args: Any, **kwargs: Any) -> None:
+        if trainer.iteration < spoiled:
+            weight.main_grad.fill_(float("nan"))
+        finalize(*args, **kwargs)
+
+    config.finalize_model_grads_func = spoil
+    trainer.callbacks = standard_callbacks(run, experiment)
+    trainer.fit()
+    dist.barrier()
+    return began
+
+
 def resumed(experiment: Experiment, run: Path) -> tuple[int, str]:
     """The iteration from which `train` began, and what it said on stderr."""
     said = io.StringIO()
