@@ -83,7 +83,7 @@ def _not_finite(of_rank: Tensor) -> str:
     where = f"rank{'s' * (len(ranks) > 1)} {named}" + (f" and {more} more" if more > 0 else "")
     return (
         f"the router of layer {layer + 1} got logits that are NaN or infinite on {where}, and no weight was "
-        "updated; start again from an earlier checkpoint, with a lower optimizer.lr"
+        "updated; if it does so again when resumed, start a run of another name with a lower optimizer.lr"
     )
 
 
