@@ -19,7 +19,9 @@ _WOULD_DROP = "moe.moe_would_drop_capacity_factor"
 
 ALLOWED: dict[str, str] = {
     r"name|logging\..*|launch\..*|resilience\..*|checkpoint\..*": "they do not reach the computation",
-    r"training\.(train_iters|eval_interval|eval_iters)": "how long, and what is looked at on the way",
+    r"training\.(train_iters|eval_interval|eval_iters)|moe\.moe_eval_capacity_factor": (
+        "how long, and what is looked at on the way"
+    ),
     # Gradients that are reduced in another precision are others.
     r"(parallel\.(?!grad_reduce_in_fp32)|pipeline\.|recompute\.).*": (
         "checkpoints fit every layout, and none changes the mathematics"
@@ -29,9 +31,10 @@ ALLOWED: dict[str, str] = {
     r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model": (
         "files may move; their hashes are compared"
     ),
-    r"moe\.(moe_token_dispatcher_type|moe_flex_dispatcher_backend|moe_overlap_degree|moe_shadowing.*)": (
+    r"moe\.moe_(token_dispatcher_type|flex_dispatcher_backend|ranks_per_node|overlap_degree|shadowing.*)": (
         "how tokens travel does not change what is computed"
     ),
+    r"moe\.moe_pad_expert_input_to_capacity": "rows of zeros add nothing",
     r"moe\.(moe_shared_expert_overlap|overlap_moe_expert_parallel_comm)": "when it is computed is not what",
     r"training\.gradient_accumulation_fusion|model\.apply_rope_fusion|moe\.moe_permute_fusion": (
         "another kernel computes the same"

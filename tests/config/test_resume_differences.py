@@ -37,6 +37,7 @@ def test_the_same_experiment_does_not_differ(tmp_path: Path) -> None:
         "training.train_iters=20",
         "training.micro_batch_size=2",
         "training.eval_interval=3",
+        "moe.moe_eval_capacity_factor=2.0",
         "checkpoint.save_interval=3",
         "logging.root=elsewhere",
         "launch.threads_per_rank=1",
@@ -55,6 +56,13 @@ def test_allowed(tmp_path: Path, override: str) -> None:
     allowed, refused = compare(tmp_path, [], [override])
     assert refused == []
     assert override.partition("=")[0] in [key for key, _, _ in allowed]
+
+
+@pytest.mark.parametrize("key", ["moe_ranks_per_node=2", "moe_pad_expert_input_to_capacity=true"])
+def test_what_another_layout_may_ask_to_leave_out(tmp_path: Path, key: str) -> None:
+    spread = ["parallel.expert_model_parallel_size=4", "moe.moe_expert_capacity_factor=1.0"]
+    allowed, refused = compare(tmp_path, [*spread, f"moe.{key}"], spread)
+    assert refused == [] and len(allowed) == 1
 
 
 @pytest.mark.parametrize(
