@@ -59,8 +59,13 @@ def differences(
     """
     old, new = dict(leaves(saved)), dict(leaves(current))
     old.pop("model.megatron_core", None), new.pop("model.megatron_core", None)
-    if old.get("moe", 0) is None and current.moe is not None:
-        new = {key: value for key, value in new.items() if not key.startswith("moe.")} | {"moe": "a section"}
+    had_experts, has_experts = any(key.startswith("moe.") for key in old), current.moe is not None
+    if had_experts != has_experts:
+        # One line instead of one for each key.
+        for values, there in ((old, had_experts), (new, has_experts)):
+            for key in [key for key in values if key.startswith("moe.")]:
+                del values[key]
+            values["moe"] = "a section" if there else None
     _join_names(old, new)
     _join_variants(old, new)
     allowed: list[Difference] = []

@@ -58,6 +58,12 @@ def test_allowed(tmp_path: Path, override: str) -> None:
     assert override.partition("=")[0] in [key for key, _, _ in allowed]
 
 
+def test_experts_come_and_go_in_one_line(tmp_path: Path) -> None:
+    dense = ["moe=null"]
+    assert compare(tmp_path, [], dense) == ([], [("moe", "a section", None)])
+    assert compare(tmp_path, dense, []) == ([], [("moe", None, "a section")])
+
+
 @pytest.mark.parametrize("key", ["moe_ranks_per_node=2", "moe_pad_expert_input_to_capacity=true"])
 def test_what_another_layout_may_ask_to_leave_out(tmp_path: Path, key: str) -> None:
     spread = ["parallel.expert_model_parallel_size=4", "moe.moe_expert_capacity_factor=1.0"]
