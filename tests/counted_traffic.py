@@ -21,7 +21,9 @@ class Traffic:
 
     NAMES = (
         "all_to_all_single",
+        "all_gather_single",
         "all_gather_into_tensor",
+        "reduce_scatter_single",
         "reduce_scatter_tensor",
         "all_reduce",
         "all_gather",
@@ -73,11 +75,13 @@ class Traffic:
         kept = len(given) // len(ranks) if input_splits is None else input_splits[own]
         return (len(given) - kept) * _row(given)
 
-    def _all_gather_into_tensor(self, ranks: tuple[int, ...], output: Tensor, given: Tensor, **_: Any) -> int:
+    def _all_gather_single(self, ranks: tuple[int, ...], output: Tensor, given: Tensor, **_: Any) -> int:
         return (len(ranks) - 1) * _bytes(given)
 
-    def _reduce_scatter_tensor(self, ranks: tuple[int, ...], output: Tensor, given: Tensor, **_: Any) -> int:
+    def _reduce_scatter_single(self, ranks: tuple[int, ...], output: Tensor, given: Tensor, **_: Any) -> int:
         return (len(ranks) - 1) * _bytes(output)
+
+    _all_gather_into_tensor, _reduce_scatter_tensor = _all_gather_single, _reduce_scatter_single
 
     def _all_reduce(self, ranks: tuple[int, ...], given: Tensor, *_: Any, **__: Any) -> int:
         return 2 * (len(ranks) - 1) * _bytes(given) // len(ranks)

@@ -50,4 +50,4 @@ def _gather(chunks: list[torch.nn.Module]) -> None:
             for bucket in bucket_group.buckets:
                 whole = bucket.grad_data
                 mine = whole.chunk(group.size())[group.rank()].clone()
-                dist.all_gather_into_tensor(whole, mine, group=group)
+                dist.all_gather_single(whole, mine, group=group)

@@ -15,7 +15,9 @@ from megatron_moe.training.build import start
 
 SENDS = (
     "all_to_all_single",
+    "all_gather_single",
     "all_gather_into_tensor",
+    "reduce_scatter_single",
     "reduce_scatter_tensor",
     "all_gather",
     "reduce_scatter",

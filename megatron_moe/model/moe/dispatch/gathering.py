@@ -36,7 +36,7 @@ class Gathering:
 def check_equal(count: int, group: Any) -> None:
     """Raise ValueError unless all ranks have as many rows: the backend would end the process."""
     counts = torch.empty(size(group), dtype=torch.int64)
-    dist.all_gather_into_tensor(counts, torch.tensor([count]), group=group)
+    dist.all_gather_single(counts, torch.tensor([count]), group=group)
     if (counts != count).any():
         raise ValueError(
             "the dispatcher allgather needs equally many tokens on all ranks, and they have "
@@ -73,7 +73,7 @@ class _Flight:
         rows = rows.contiguous()
         gathered = rows.new_empty(size(self.group) * len(rows), *rows.shape[1:])
         transfer = self.times.launch(
-            lambda: dist.all_gather_into_tensor(gathered, rows, group=self.group, async_op=True), rows.device
+            lambda: dist.all_gather_single(gathered, rows, group=self.group, async_op=True), rows.device
         )
         self.transfer = transfer, rows, gathered
 
@@ -81,7 +81,7 @@ class _Flight:
         rows = rows.contiguous()
         mine = rows.new_empty(len(rows) // size(self.group), *rows.shape[1:])
         transfer = self.times.launch(
-            lambda: dist.reduce_scatter_tensor(mine, rows, group=self.group, async_op=True), rows.device
+            lambda: dist.reduce_scatter_single(mine, rows, group=self.group, async_op=True), rows.device
         )
         self.transfer = transfer, rows, mine
 
