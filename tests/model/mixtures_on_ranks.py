@@ -91,20 +91,25 @@ def by_expert(model: Network, first: int) -> dict[str, Tensor]:
     return found
 
 
-def refusals() -> tuple[str, str]:
+def refusals() -> list[str]:
     """What is said of groups that don't fit."""
     from megatron_moe.config.errors import InputError
 
     messages = []
+    group: Any = 2
+    pair = expert_groups(2)["process_group"]
+    without_copies = MixtureOfExperts(WIDTH, num_experts=4, process_group=pair)
     for attempt in (
         lambda: expert_groups(3),
         lambda: MixtureOfExperts(WIDTH, num_experts=5, **expert_groups(2)),
+        lambda: MixtureOfExperts(WIDTH, num_experts=4, process_group=group),
+        lambda: average_gradients(without_copies),
     ):
         try:
             attempt()
         except InputError as error:
             messages.append(str(error))
-    return messages[0], messages[1]
+    return messages
 
 
 def many_gates() -> list[Tensor]:

@@ -179,10 +179,25 @@ def test_wrong_shapes_are_named(arguments: dict[str, Any], x: tuple[int, ...], w
     assert words in str(error.value)
 
 
+def test_whole_numbers_are_no_hidden_states() -> None:
+    with pytest.raises(InputError, match=r"input in torch\.int64; hidden states are of floats"):
+        layer()(torch.ones(3, WIDTH, dtype=torch.int64))
+
+
 def test_one_module_for_all_experts_is_refused() -> None:
     module = nn.Linear(16, 16)
     with pytest.raises(InputError, match="the same module twice"):
         MixtureOfExperts(WIDTH, num_experts=4, expert=lambda: module)
+
+
+def test_a_builder_that_builds_nothing_is_refused() -> None:
+    module: Any = torch.nn.Linear(4, 4)
+    for name in ("expert", "gate"):
+        with pytest.raises(InputError, match=rf"{name}: is a module \(Linear\); .* {name}=lambda: Linear"):
+            megatron_moe.MixtureOfExperts(4, num_experts=4, **{name: module})
+        nothing: Any = lambda: None  # noqa: E731
+        with pytest.raises(InputError, match=f"{name}: made NoneType"):
+            megatron_moe.MixtureOfExperts(4, num_experts=4, **{name: nothing})
 
 
 def test_no_token_at_all() -> None:
@@ -331,10 +346,11 @@ def test_ranks_compute_what_one_process_computes(
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
-    messages = ranks(2).run(on_ranks.refusals)
-    assert all(
-        "expert_parallel_size: 3 does not divide the 2 ranks; use one of 1, 2" in m for m, _ in messages
-    )
-    assert all(
-        "num_moe_experts: 5 is not divisible by the ranks of process_group (2)" in m for _, m in messages
-    )
+    for messages in ranks(4).run(on_ranks.refusals):
+        expected = (
+            "expert_parallel_size: 3 does not divide the 4 ranks; use one of 1, 2, 4",
+            "num_moe_experts: 5 is not divisible by the ranks of process_group (2)",
+            "process_group: is int; give a group of ranks, as megatron_moe.expert_groups makes them",
+            "expert_data_group: has 1 rank beside the 2 of process_group, of 4 ranks in all",
+        )
+        assert all(words in said for words, said in zip(expected, messages, strict=True))

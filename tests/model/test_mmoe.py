@@ -9,6 +9,7 @@ from distributed import ranks
 from torch import nn
 
 import megatron_moe
+from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.mixture import MultiGateMixture
 
 WIDTH, GATES = 16, 3
@@ -46,6 +47,11 @@ def test_each_gate_mixes_the_same_experts(topk: int) -> None:
         for ys in (actual, expected)
     ]
     torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses))
+
+
+def test_no_gate_is_refused() -> None:
+    with pytest.raises(InputError, match="num_gates: 0 is too few"):
+        megatron_moe.MultiGateMixture(4, num_gates=0, num_experts=2)
 
 
 def test_an_expert_computes_a_token_once() -> None:

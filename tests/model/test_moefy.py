@@ -234,6 +234,14 @@ def test_an_error_in_a_later_layer_leaves_the_earlier_ones_too() -> None:
     assert megatron_moe.mixtures(model) == {}
 
 
+def test_where_all_are_mixtures_already_it_is_said() -> None:
+    model = megatron_moe.moefy(on_ranks.encoder(), num_experts=4)
+    with pytest.raises(InputError, match=r"TransformerEncoder has .* mixtures of experts already"):
+        megatron_moe.moefy(model, num_experts=4)
+    with pytest.raises(InputError, match="Linear is a single layer; give the model that it is part of"):
+        megatron_moe.moefy(nn.Linear(3, 3), num_experts=4)
+
+
 def test_where_nothing_is_found_it_is_said_what_was_looked_at() -> None:
     with pytest.raises(InputError) as error:
         megatron_moe.moefy(Block(sequential(nn.ReLU())), num_experts=4)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.config.errors import InputError
@@ -32,6 +33,19 @@ OF_OUR_EXPERTS = (
 """Keys that say what experts are made of, or copy them."""
 
 
+def _built(name: str, builder: Callable[..., torch.nn.Module], *arguments: Any) -> torch.nn.Module:
+    """What the caller's builder makes. A module in its place, or anything else that it makes, is an error."""
+    if isinstance(builder, torch.nn.Module):
+        raise InputError(
+            f"{name}: is a module ({type(builder).__name__}); give a function that makes a new one at each "
+            f"call, for example {name}=lambda: {type(builder).__name__}(...)"
+        )
+    module: Any = builder(*arguments)
+    if not isinstance(module, torch.nn.Module):
+        raise InputError(f"{name}: made {type(module).__name__}; it must make a torch.nn.Module")
+    return module
+
+
 class Mixture(torch.nn.Module):
     """What one gate or several have in common: settings, experts, shared experts, and a way to them.
 
@@ -54,6 +68,12 @@ class Mixture(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size, self.batch_first = hidden_size, batch_first
+        for name, group in (("process_group", process_group), ("expert_data_group", expert_data_group)):
+            if group is not None and not isinstance(group, dist.ProcessGroup):
+                raise InputError(
+                    f"{name}: is {type(group).__name__}; give a group of ranks, as "
+                    "megatron_moe.expert_groups makes them"
+                )
         self.groups = MoEGroups(
             expert=process_group, expert_ranks=process_group, expert_data=expert_data_group
         )
@@ -68,7 +88,7 @@ class Mixture(torch.nn.Module):
             self.experts: torch.nn.Module = self._drawn(mine, init_method_std, expert_bias)
         else:
             # All are made on every rank, so that ranks that began with the same seed go on with the same one.
-            modules = [expert() for _ in range(self.moe.num_moe_experts)]
+            modules = [_built("expert", expert) for _ in range(self.moe.num_moe_experts)]
             if len({id(module) for module in modules}) < len(modules):
                 raise InputError(
                     "expert: returned the same module twice; it must make a new one at each call"
@@ -122,7 +142,8 @@ class Mixture(torch.nn.Module):
         built = None
         if gate is not None:
             of_ours = isinstance(gate, type) and issubclass(gate, Gate)
-            built = (gate(self.moe, self.hidden_size) if of_ours else gate()).to(self._device, self._dtype)
+            its = (self.moe, self.hidden_size) if of_ours else ()
+            built = _built("gate", gate, *its).to(self._device, self._dtype)
         return LibraryRouter(
             self.moe,
             self.hidden_size,
@@ -140,6 +161,8 @@ class Mixture(torch.nn.Module):
                 f"the layer was given input of shape {tuple(x.shape)}; the last of at least two dimensions "
                 f"must be hidden_size, {self.hidden_size}"
             )
+        if not x.is_floating_point():
+            raise InputError(f"the layer was given input in {x.dtype}; hidden states are of floats")
         return self._in_order(x, x.dim() - 1)
 
     def marks(self, x: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None) -> Tensor | None:

@@ -40,6 +40,8 @@ class MultiGateMixture(Mixture):
         seed: int = 0,
         **arguments: Any,
     ) -> None:
+        if num_gates < 1:
+            raise InputError(f"num_gates: {num_gates} is too few; give one for each task, at least 1")
         super().__init__(hidden_size, **arguments)
         if self.moe.moe_pad_expert_input_to_capacity:
             raise InputError(

@@ -10,11 +10,16 @@ import torch.distributed as dist
 from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.groups import MoEGroups, size
 from megatron_moe.model.moe.iteration import mixtures
+from megatron_moe.plan.wording import plural
 
 
 def expert_groups(expert_parallel_size: int) -> dict[str, Any]:
     """Arguments of a mixture whose experts are spread over blocks of neighbouring ranks: `process_group`, and
     `expert_data_group` with the ranks that hold the same experts. To be called by all ranks."""
+    if not dist.is_initialized():
+        raise InputError(
+            "expert_groups: there is no process group; call torch.distributed.init_process_group"
+        )
     world, own = dist.get_world_size(), dist.get_rank()
     if expert_parallel_size < 1 or world % expert_parallel_size:
         fitting = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
@@ -68,9 +73,18 @@ def average_gradients(
     Args:
         group: the data-parallel ranks; None: all ranks.
         experts_only: leave the others to DistributedDataParallel.
+
+    Raises InputError where the groups of spread experts don't cover these ranks.
     """
     world = dist.get_world_size(group)
     spread = {id(parameter): groups for parameter, groups in spread_parameters(model).values()}
+    for of_expert in spread.values():
+        spread_over, copies = size(of_expert.expert), size(of_expert.expert_data)
+        if spread_over * copies != world:
+            raise InputError(
+                f"expert_data_group: has {plural(copies, 'rank')} beside the {spread_over} of process_group, "
+                f"of {plural(world, 'rank')} in all; pass both groups that megatron_moe.expert_groups makes"
+            )
     for parameter in model.parameters():
         groups = spread.get(id(parameter))
         if not parameter.requires_grad or (groups is None and experts_only):

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.experts import Experts
-from megatron_moe.model.moe.layer import MixtureOfExperts
+from megatron_moe.model.moe.layer import Mixture, MixtureOfExperts
 from megatron_moe.model.moe.library_router import Builder
 from megatron_moe.model.moefy.feed_forward import FeedForward, find, on_device, torch_encoders, width_of
 from megatron_moe.model.moefy.known_form import KnownForm, known_form
@@ -80,20 +80,27 @@ def _chosen(model: nn.Module, layers: str | Sequence[str] | Sequence[int] | None
 def _nothing_found(model: nn.Module, patterns: list[str]) -> str:
     names = [name for name, _ in model.named_modules() if name]
     kinds = Counter(type(module).__name__ for name, module in model.named_modules() if name)
-    seen = _listed([f"{count} {kind}" for kind, count in kinds.items()])
     if patterns:
         what = f"layers: no module has a name like {', '.join(patterns)}"
         return f"{what}; {type(model).__name__} has {_listed(names)}"
+    if any(isinstance(module, Mixture) for module in model.modules()):
+        return (
+            f"moefy: {type(model).__name__} has no feed-forward layer of known structure beside those that "
+            "are mixtures of experts already; name others by layers"
+        )
+    if not names:
+        return f"moefy: {type(model).__name__} is a single layer; give the model that it is part of"
+    seen = _listed([f"{count} {kind}" for kind, count in kinds.items()])
     likely = [name for name, part in model.named_modules() if type(part) is nn.Sequential and name] or names
     return (
         f"moefy: found no feed-forward layer of known structure in {type(model).__name__}; looked at {seen}: "
-        f'{_listed(names)}; name yours by layers, for example layers="{likely[0] if likely else "*.ffn"}"'
+        f'{_listed(names)}; name yours by layers, for example layers="{likely[0]}"'
     )
 
 
 def _listed(entries: Sequence[str], limit: int = 12) -> str:
     more = f", .. ({len(entries)} in all)" if len(entries) > limit else ""
-    return (", ".join(entries[:limit]) or "no modules") + more
+    return ", ".join(entries[:limit]) + more
 
 
 def _parameters(layer: FeedForward) -> tuple[int, ...]:
