@@ -108,9 +108,13 @@ def _print_groups(console: Console, plan: Plan) -> None:
 
 def _print_experts(console: Console, plan: Plan) -> None:
     """One row for each part of the experts; of many parts the first ones and the last."""
+    layout = plan.layout
+    # The layers of a pipeline rank lie on its ranks only.
+    stage = next((stage.pipeline_rank for stage in plan.stages if stage.moe_layers), 0)
     holders: dict[range, list[int]] = {}
-    for rank in range(plan.layout.world_size):
-        holders.setdefault(plan.experts_on(rank), []).append(rank)
+    for rank in range(layout.world_size):
+        if layout.coordinates(rank).pp == stage:
+            holders.setdefault(plan.experts_on(rank), []).append(rank)
     rows = [
         (number_list(experts), plural(len(ranks), "rank"), number_list(ranks))
         for experts, ranks in holders.items()
@@ -123,8 +127,14 @@ def _print_experts(console: Console, plan: Plan) -> None:
     table.add_column("ranks")
     for row in rows:
         table.add_row(*row)
-    console.print(f"[bold]Who holds which of the {plural(plan.num_moe_experts, 'expert')} of an MoE layer[/]")
+    where = f" of pipeline rank {stage}" if layout.pipeline_model_parallel_size > 1 else ""
+    experts = plural(plan.num_moe_experts, "expert")
+    console.print(f"[bold]Who holds which of the {experts} of an MoE layer[/]{where}")
     console.print(table)
+    if layout.expert_tensor_parallel_size > 1:
+        console.print(
+            f"Each expert is cut over {layout.expert_tensor_parallel_size} ranks (ETP): each holds a part of it.\n"
+        )
 
 
 _STAGE_COLUMNS: dict[str, Callable[[Stage, StageCosts], str]] = {

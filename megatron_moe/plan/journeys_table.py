@@ -56,8 +56,9 @@ def print_journeys(console: Console, plan: Plan) -> None:
     console.print(table)
     precision = {2: "bf16", 4: "fp32"}[dispatch.element_size]
     console.print(
-        f"Sent by its rank to others, forward, in {precision}; the mean over even routing. "
-        "Backward the same again."
+        f"Sent by its rank to others, forward, in {precision}; the mean over even routing. Backward the same "
+        "again. A row is a copy of the token, hidden_size elements; gate weights and expert numbers are in "
+        "the bytes."
     )
     if dispatch.dispatcher == "flex":
         console.print(
