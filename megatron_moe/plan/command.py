@@ -132,9 +132,8 @@ def _print_experts(console: Console, plan: Plan) -> None:
     console.print(f"[bold]Who holds which of the {experts} of an MoE layer[/]{where}")
     console.print(table)
     if layout.expert_tensor_parallel_size > 1:
-        console.print(
-            f"Each expert is cut over {layout.expert_tensor_parallel_size} ranks (ETP): each holds a part of it.\n"
-        )
+        parts = layout.expert_tensor_parallel_size
+        console.print(f"Each expert is cut over {parts} ranks (ETP): each holds a part of it.\n")
 
 
 _STAGE_COLUMNS: dict[str, Callable[[Stage, StageCosts], str]] = {

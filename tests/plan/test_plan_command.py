@@ -74,8 +74,14 @@ def test_axes_over_the_same_ranks_share_a_row(capsys: pytest.CaptureFixture[str]
 
 
 def test_experts_of_a_layer_lie_on_the_ranks_of_its_stage_only(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2}
-    text = printed(capsys, filled(parallel=sizes))
+    sizes = {
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "data_parallel_size": 2,
+    }
+    stages, recompute = {"layers_per_stage": [2, 2]}, {"layers_per_stage": [0, 0]}
+    text = printed(capsys, filled(parallel=sizes, pipeline=stages, recompute=recompute))
     assert "of an MoE layer of pipeline rank 0" in text
     assert ["0-3", "2", "ranks", "0,", "2"] in [line.split() for line in text.splitlines()]
 
