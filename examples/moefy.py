@@ -76,6 +76,10 @@ def main() -> None:
 
     torch.manual_seed(0)  # the same weights on every rank
     model = Llama() if options.hugging_face else CharacterModel()
+    if ranks == 1 and options.expert_parallel > 1:
+        parser.error(
+            "--expert-parallel needs as many ranks: torchrun --nproc-per-node 2 examples/moefy.py .."
+        )
     groups = megatron_moe.expert_groups(options.expert_parallel) if ranks > 1 else {}
     # This is the line. The adaptive coefficient of the balancing loss follows the drop rate.
     megatron_moe.moefy(model, num_experts=8, topk=2, moe_aux_loss_coeff={"xi": 0.2}, **groups)
