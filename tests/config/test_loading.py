@@ -224,6 +224,8 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
             "a list of 2 to 3 entries, each a number from 0 to 1e+12 ([1]); for example [95.0, 5.0]",
         ),
         ("training.global_batch_size=8e9", "a whole number from 1 to 10000000 ("),
+        ("moe.moe_overlap_degree=100000", "a whole number from 1 to 1000 ("),
+        ("moe.moe_ffn_hidden_size=10000000000", "a whole number from 1 to 1000000000 ("),
         ("training.rampup_batch_size=2", "a list of 3 entries, each a whole number of at least 1 (2); for "),
         ("training.rampup_batch_size=[2]", "([2]); for example [1, 1, 1]"),
         ('data.tokenizer.eod=""', 'text that is not empty (""); for example some-name'),

@@ -11,9 +11,11 @@ from megatron_moe.config.schema.section import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PartCount,
     PositiveFloat,
     PositiveInt,
     Section,
+    Width,
 )
 
 
@@ -82,7 +84,7 @@ class MoE(Section):
     """Routed experts e in each MoE layer."""
     moe_router_topk: PositiveInt = 2
     """Experts k that each token goes to."""
-    moe_ffn_hidden_size: PositiveInt | None = None
+    moe_ffn_hidden_size: Width | None = None
     """Inner width of one expert. Default: model.ffn_hidden_size."""
     moe_layer_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] = 1
     """n: every n-th layer is MoE, the first one included. A list of 0 and 1: one entry a layer, 1 is MoE."""
@@ -95,7 +97,7 @@ class MoE(Section):
     """Dropout inside the experts, behind the activation (Switch Transformer: 0.4 when finetuning)."""
     moe_expert_init_scale: PositiveFloat = 1.0
     """The initial standard deviation of the routed experts' weights, times that of other layers."""
-    moe_shared_expert_intermediate_size: PositiveInt | None = None
+    moe_shared_expert_intermediate_size: Width | None = None
     """Inner width of the shared experts together, which every token passes. Default: none."""
     moe_shared_expert_gate: bool = False
     """Weigh the shared experts' output by a sigmoid gate of its own (Qwen2-MoE)."""
@@ -180,7 +182,7 @@ class MoE(Section):
     moe_ranks_per_node: PositiveInt | None = None
     """Ranks of one node, for an all-to-all in two levels: inside nodes, then between them. For experts over
     several nodes: it divides EP x ETP. Default: one level."""
-    moe_overlap_degree: PositiveInt = 1
+    moe_overlap_degree: PartCount = 1
     """Parts that the all-to-all is split in, between experts, so that one part travels while another is
     computed. More parts than a rank has experts also cut the rows of experts."""
     moe_shared_expert_overlap: bool = False

@@ -12,7 +12,10 @@ LayerCount = Annotated[int, Field(ge=1, le=10_000)]
 ExpertCount = Annotated[int, Field(ge=1, le=100_000)]
 RankCount = Annotated[int, Field(ge=1, le=100_000)]
 SequenceCount = Annotated[int, Field(ge=1, le=10_000_000)]
+PartCount = Annotated[int, Field(ge=1, le=1_000)]
 """Counts of what is written down one by one: beyond these a slip of the keyboard would fill the memory."""
+Width = Annotated[int, Field(ge=1, le=1_000_000_000)]
+"""Of a matrix: the bytes of a larger one are too many to be counted in 64 bits."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
