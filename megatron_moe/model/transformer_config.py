@@ -112,6 +112,8 @@ def _moe_fields(experiment: Experiment) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         # What the router does is ours; Megatron-Core's own does nothing of it a second time.
         "moe_router_load_balancing_type": "none",
+        # What our routers compute in at least; with many experts it warns of less.
+        "moe_router_dtype": "fp32",
         # It refuses top-1 without; `config.router_rules` does it where our gates would not learn.
         "moe_router_pre_softmax": True,
         # Any number makes its dispatchers count what is left, instead of taking that for k a token.

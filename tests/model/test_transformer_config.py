@@ -73,6 +73,12 @@ def test_pipeline_ranks_recompute_their_own_number_of_layers() -> None:
     )
 
 
+def test_many_experts_bring_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    """Of routers that compute in bf16: ours don't."""
+    config(moe={**MOE, "num_moe_experts": 64})
+    assert [str(warning.message) for warning in recwarn if "experts" in str(warning.message)] == []
+
+
 def test_moe_fields_are_left_out_of_dense_models() -> None:
     assert config(moe=None).num_moe_experts is None
     assert config(moe=MOE).num_moe_experts == 4
