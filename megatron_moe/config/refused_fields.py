@@ -26,7 +26,7 @@ OTHER_NAMES = {
     "account_for_embedding_in_pipeline_split": "pipeline.layers_per_stage",
     "account_for_loss_in_pipeline_split": "pipeline.layers_per_stage",
     "cpu_offloading": "recompute.cpu_offloading_num_layers",
-    "moe_enable_deepep": "moe.moe_flex_dispatcher_backend",
+    "moe_enable_deepep": "moe.moe_token_dispatcher_type",
     "moe_router_force_load_balancing": "moe.moe_router_gate",
     "moe_router_topk_limited_devices": "moe.moe_router_group_topk",
 }

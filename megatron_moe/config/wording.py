@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from megatron_moe.config.keys import alternatives, named_section_in, section_in, variants_in
+from megatron_moe.config.keys import alternatives, named_section_in, section_in
 from megatron_moe.config.origin import shown
 
 _BOUNDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
@@ -56,7 +56,7 @@ def _expected_among(part: Any, parts: tuple[Any, ...]) -> str:
     them."""
     if (section := section_in(part)) is not None:
         return f"{{{', '.join(section.model_fields)}}}"
-    if variants_in(_entry(part)) and set(alternatives(_entry(part))) < set(parts):
+    if set(alternatives(_entry(part))) < set(parts):
         return "a list of these"
     return expected(part)
 
