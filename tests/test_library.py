@@ -46,7 +46,7 @@ def test_the_blocks_of_the_page_run() -> None:
     assert len(blocks) >= 7
     done = run("-c", "\n".join(blocks))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "moe_router_topk: 5 is more than num_moe_experts (4); use at most 4" in done.stdout
+    assert "topk: 5 is more than num_experts (4); use at most 4" in done.stdout
 
 
 @pytest.mark.parametrize("options", [[], ["--hugging-face"]], ids=["PyTorch", "Hugging Face"])

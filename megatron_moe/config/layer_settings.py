@@ -72,7 +72,8 @@ def moe_settings(
     lines = checked.problems + [
         problem.render(all_values, origins) for problem in found if problem.keys[0].startswith("moe.")
     ]
-    problems += [_plain(line) for line in lines]
+    written = {key: name for name, key in SHORT_NAMES.items() if given.get(name) is not None}
+    problems += [_as_written(_plain(line), written) for line in lines]
     if problems:
         raise ConfigError(*problems)
     moe = filled.experiment.moe
@@ -103,4 +104,12 @@ def _plain(line: str) -> str:
     text = line.removeprefix("override ").replace(", override)", ")")
     text = text.replace("parallel.expert_model_parallel_size", "the ranks of process_group")
     text = re.sub(r"or expert_model_parallel_size (.*)$", r"or a group of \1 ranks", text)
-    return text.replace("moe.", "")
+    text = text.replace("unknown key; moe has", "unknown key; there are")
+    return text.replace("moe.", "").replace("model.hidden_size", "hidden_size")
+
+
+def _as_written(line: str, written: Mapping[str, str]) -> str:
+    """The line, with keys by the names that the caller gave them."""
+    for key, name in written.items():
+        line = re.sub(rf"\b{key}\b", name, line)
+    return line

@@ -124,7 +124,7 @@ class Broken(Alternating):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_experts": 4, "topk": 5}, "moe_router_topk: 5 is more than num_moe_experts (4); use at most 4"),
+        ({"num_experts": 4, "topk": 5}, "topk: 5 is more than num_experts (4); use at most 4"),
         ({"num_experts": 4, "topk": 1}, "1 expert a token gives the router no gradient"),
         ({"num_experts": None}, "num_experts: is missing"),
         ({"moe_router_gat": "topk"}, "moe_router_gat: unknown key; did you mean moe_router_gate?"),
@@ -349,7 +349,7 @@ def test_groups_that_do_not_fit_are_refused() -> None:
     for messages in ranks(4).run(on_ranks.refusals):
         expected = (
             "expert_parallel_size: 3 does not divide the 4 ranks; use one of 1, 2, 4",
-            "num_moe_experts: 5 is not divisible by the ranks of process_group (2)",
+            "num_experts: 5 is not divisible by the ranks of process_group (2)",
             "process_group: is int; give a group of ranks, as megatron_moe.expert_groups makes them",
             "expert_data_group: has 1 rank beside the 2 of process_group, of 4 ranks in all",
         )

@@ -137,7 +137,7 @@ def test_layers_by_a_pattern_of_names(feed_forward: nn.Module, kind: type[nn.Mod
 
 def test_some_layers_by_number_and_the_others_later() -> None:
     model = on_ranks.encoder()
-    megatron_moe.moefy(model, num_experts=4, layers=[1])
+    megatron_moe.moefy(model, num_experts=4, layers=1)
     assert list(megatron_moe.mixtures(model)) == ["layers.1.linear1"]
     megatron_moe.moefy(model, num_experts=2)
     counts = {name: mixture.moe.num_moe_experts for name, mixture in megatron_moe.mixtures(model).items()}
@@ -202,7 +202,7 @@ def test_a_weight_that_is_shared_with_something_else_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"topk": 5}, "moe_router_topk: 5 is more than num_moe_experts (4)"),
+        ({"topk": 5}, "topk: 5 is more than num_experts (4)"),
         (
             {"layers": [2]},
             "layers: [2] names no feed-forward layer; TransformerEncoder has 2, numbered from 0: ",

@@ -22,7 +22,7 @@ def moefy(
     model: nn.Module,
     num_experts: int,
     *,
-    layers: str | Sequence[str] | Sequence[int] | None = None,
+    layers: str | int | Sequence[str] | Sequence[int] | None = None,
     copies: bool = True,
     expert: Builder | None = None,
     process_group: Any = None,
@@ -59,8 +59,8 @@ def moefy(
     return model
 
 
-def _chosen(model: nn.Module, layers: str | Sequence[str] | Sequence[int] | None) -> list[FeedForward]:
-    wanted = [layers] if isinstance(layers, str) else None if layers is None else list(layers)
+def _chosen(model: nn.Module, layers: str | int | Sequence[str] | Sequence[int] | None) -> list[FeedForward]:
+    wanted = None if layers is None else [layers] if isinstance(layers, str | int) else list(layers)
     by_name = [name for name in wanted or [] if isinstance(name, str)]
     found = find(model, by_name or None)
     if not found:
