@@ -37,8 +37,8 @@ class Logging(Section):
     root: Annotated[str, Field(min_length=1)] = "runs"
     """Run folders are made here, relative to the working directory: `<root>/<name>`."""
     detail_interval: PositiveInt = 10
-    """Every so many iterations metrics.jsonl also holds lists with one entry a layer, and the log says how much
-    of the experts' communication was hidden."""
+    """Every so many iterations metrics.jsonl also holds lists with one entry a layer, and the log says how
+    much of the experts' communication was hidden."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `tensorboard/` in the run folder. Needs
     `pip install 'megatron-moe[tensorboard]'`."""
