@@ -64,6 +64,13 @@ def apart(
             id="EDP, weights gathered meanwhile",
         ),
         pytest.param(EDP, SHARED, {"moe_shared_expert_overlap": True}, {}, id="EDP, shared experts alone"),
+        pytest.param(
+            EDP,
+            {**SHARED, "moe_token_dispatcher_type": "allgather"},
+            {"moe_shared_expert_overlap": True},
+            {},
+            id="EDP, gathered, shared experts",
+        ),
     ],
 )
 def test_a_hidden_exchange_changes_no_bit(
