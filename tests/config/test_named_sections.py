@@ -71,7 +71,7 @@ def test_a_base_is_merged_source_by_source(tmp_path: Path) -> None:
         (["data.blend.web.prepare.inputs=[a]"], "did you mean data.blend.web.prepare.input?"),
         (["data.blend.web.lr=1"], "override data.blend.web.lr: unknown key; did you mean optimizer.lr?"),
         (["data.blend.web.weight=-1"], "override data.blend.web.weight: must be a number from 0 to 1e.12"),
-        (["data.blend.web.weight=1e300"], r"number from 0 to 1e.12 \(1e.300\)"),
+        (["data.blend.web.weight=1e300"], r"number from 0 to 1e.12, or a list of these \(1e.300\)"),
         (["data.blend.web=3"], "override data.blend.web: must be a section"),
         (["data.blend=3"], "override data.blend: must be sections by name"),
         (["data.blend={}"], None),
