@@ -14,6 +14,7 @@ from megatron_moe.training.callbacks.progress import ProgressBar
 RECORD = {"loss": 5.25, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 12345.6}
 SPECIAL: dict[int, dict[str, Any]] = {
     9: {"eval/loss": 5.5},
+    10: {"moe/load_max_over_mean": 1.536, "moe/drop_rate": 0.0213, "moe/dead_experts": 0},
     12: {"loss": None, "grad_norm": math.nan, "skipped": "the gradient norm is not finite"},
 }
 
@@ -37,6 +38,7 @@ def test_a_line_for_every_step_that_is_worth_one(tmp_path, capsys):
     assert [int(line[4:].split("/")[0]) for line in written] == [1, 9, 10, 12, 20, 25]
     assert written[0] == "step  1/25  loss 5.2500  12,346 tokens/s  lr 1.00e-03  grad norm 1.000"
     assert "loss 5.2500  held-out 5.5000" in written[1] and "held-out" not in written[2]
+    assert written[2].endswith("grad norm 1.000  load max/mean 1.54  dropped 2.1%")
     assert written[3].endswith("skipped: the gradient norm is not finite") and "loss -" in written[3]
 
 

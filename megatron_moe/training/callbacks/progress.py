@@ -83,6 +83,8 @@ class ProgressBar(Callback):
         )
         if "global_batch_size" in record:
             line += f"  batch {record['global_batch_size']}"
+        if record.get("moe/load_max_over_mean") is not None:
+            line += f"  {_routing(record)}"
         if "moe/shadowed_experts" in record:
             line += f"  copied experts {record['moe/shadowed_experts']:.2f}"
         if record.get("moe/communication_ms"):
@@ -108,6 +110,16 @@ def _numbers(record: Record) -> str:
     held_out = record.get("eval/loss")
     held_out_text = "" if held_out is None else f"  held-out {held_out:.4f}"
     return f"loss {loss}{held_out_text}  {record['tokens_per_second']:,.0f} tokens/s"
+
+
+def _routing(record: Record) -> str:
+    """What the routers did: the busiest expert's load, and what went wrong, if anything did."""
+    text = f"load max/mean {record['moe/load_max_over_mean']:.2f}"
+    if record["moe/drop_rate"]:
+        text += f"  dropped {record['moe/drop_rate']:.1%}"
+    if record["moe/dead_experts"]:
+        text += f"  dead experts {record['moe/dead_experts']}"
+    return text
 
 
 def _exchange(record: Record) -> str:
