@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.checkpoint import unwrap
 from megatron_moe.engine.optimizer import build_scheduler
 from megatron_moe.model.gpt import padded_vocab_size
@@ -94,6 +95,7 @@ def plain_loop(trainer: Trainer) -> Loop:
     """Megatron-Core's own model with the weights of `trainer`'s, and everything needed to train it."""
     experiment, ours = trainer.experiment, trainer.chunks[0]
     config = transformer_config(experiment, trainer.plan, 0, next(ours.parameters()).dtype)
+    _use_its_router(config, experiment)
     model = GPTModel(
         config=config,
         transformer_layer_spec=_layer_specs(config),
@@ -115,6 +117,17 @@ def plain_loop(trainer: Trainer) -> Loop:
     # Left out, DotProductAttention would make one for each layer and microbatch, on a GPU by name.
     mask = torch.ones(1, 1, s, s, dtype=torch.bool).triu(1).to(trainer.device.torch_device)
     return Loop(wrapped, optimizer, build_scheduler(experiment, optimizer), trainer, mask)
+
+
+def _use_its_router(config: Any, experiment: Experiment) -> None:
+    """Our config leaves routing to our router."""
+    moe = experiment.moe
+    if moe is None:
+        return
+    config.moe_router_load_balancing_type = moe.moe_router_load_balancing_type
+    config.moe_aux_loss_coeff, config.moe_z_loss_coeff = moe.moe_aux_loss_coeff, moe.moe_z_loss_coeff or None
+    config.moe_router_pre_softmax = moe.moe_router_pre_softmax
+    config.moe_expert_capacity_factor = None
 
 
 def _layer_specs(config: Any) -> Any:

@@ -49,7 +49,7 @@ def of_megatron(
     router = TopKRouter(config, ProcessGroupCollection.use_mpu_process_groups())
     router.set_layer_number(1)
     router.weight.data = ours.weight.data.clone()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / cut))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / cut))
     return _gradient(router, hidden, padding, cut)
 
 

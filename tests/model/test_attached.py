@@ -58,7 +58,7 @@ def test_a_router_by_itself_does_not_follow_megatron_cores_schedule() -> None:
     router = Router(moe, 8)
     batch = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(1))
     whole = gradient(router, [batch])
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(100.0))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 100.0))
     assert torch.equal(gradient(router, [batch]), whole) and float(whole.norm()) > 0
 
     router.loss_scale = lambda: 1 / 4

@@ -67,17 +67,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "model": mcore(cross_entropy_loss_fusion=True),
     },
     "without aux loss": {
-        "moe": MOE | {"moe_router_load_balancing_type": "none", "moe_shared_expert_intermediate_size": 40},
-        "model": mcore(
-            moe_router_score_function="sigmoid",
-            moe_router_enable_expert_bias=True,
-            moe_router_topk_scaling_factor=1.5,
-            moe_shared_expert_overlap=True,
-        ),
+        "moe": MOE
+        | {
+            "moe_router_load_balancing_type": "none",
+            "moe_shared_expert_intermediate_size": 40,
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_topk_scaling_factor": 1.5,
+            "moe_shared_expert_overlap": True,
+        },
     },
     "groups of experts": {
-        "moe": MOE | {"num_moe_experts": 8, "moe_router_dtype": "fp64"},
-        "model": mcore(moe_router_num_groups=4, moe_router_group_topk=2, no_rope_freq=2),
+        "moe": MOE
+        | {
+            "num_moe_experts": 8,
+            "moe_router_dtype": "fp64",
+            "moe_router_num_groups": 4,
+            "moe_router_group_topk": 2,
+        },
+        "model": mcore(no_rope_freq=2),
     },
     "bfloat16": {
         "training": {"precision": "bf16"},

@@ -17,6 +17,7 @@ from megatron_moe.model.moe.expert_loop import expert_loop
 from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_bias, grouped_linear
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
 from megatron_moe.model.moe.permutation import Permutation, to_experts, to_tokens
+from megatron_moe.model.moe.weight_gradient import split
 from megatron_moe.model.moe.weight_row import weight_row
 
 
@@ -136,7 +137,8 @@ class Experts(torch.nn.Module):
         """
         self._wait_for_weights()
         whole = self._weights()
-        parts = zip(*([None] * len(sizes) if x is None else x.split(sizes) for x in whole), strict=True)
+        cut = torch.split if not self._loops(self.linear_fc1) else split
+        parts = zip(*([None] * len(sizes) if x is None else cut(x, sizes) for x in whole), strict=True)
         return [partial(self._compute, Weights(*part)) for part in parts]
 
     def flat(self, expert: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,8 +25,8 @@ class WeightGradient:
 
     def __init__(self, weight: Tensor, needed: bool) -> None:
         self.weight, self.needed = weight, needed
-        main = getattr(weight, "main_grad", None)
-        self.adds = needed and main is not None and main.dtype == weight.dtype
+        main = _place_of(weight)
+        self.adds = needed and main is not None
         self.gradient: Tensor | None = None
         target = main
         if self.adds:
@@ -45,6 +47,37 @@ class WeightGradient:
         if self.adds:
             self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return self.gradient
+
+
+def split(weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    """`weight.split(sizes)`, whose parts' gradients are added to Megatron-Core's buffer as the whole one's
+    would be: bit by bit the same."""
+    main = _place_of(weight)
+    if main is None or not torch.is_grad_enabled() or not weight.requires_grad:
+        return weight.split(sizes)
+    parts: tuple[Tensor, ...] = _Split.apply(weight, sizes)
+    for part, place in zip(parts, main.split(sizes), strict=True):
+        part.main_grad = place  # type: ignore[attr-defined]
+    return parts
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.weight = weight
+        return weight.split(sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.empty_like(ctx.weight), None
+
+
+def _place_of(weight: Tensor) -> Tensor | None:
+    """Where products can be added in Megatron-Core's buffer, [e, out, in]; None where there is no place of
+    the weight's precision."""
+    main: Tensor | None = getattr(weight, "main_grad", None)
+    return main if main is not None and main.dtype == weight.dtype else None
 
 
 def memory_for(weight: Tensor) -> Tensor:
