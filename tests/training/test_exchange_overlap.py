@@ -96,8 +96,9 @@ def test_more_parts_than_experts_change_the_order_of_sums_only(tmp_path: Path) -
 def test_two_microbatches_at_once_compute_what_one_after_the_other_does(
     tmp_path: Path, parallel: Any, experts: int
 ) -> None:
-    """Megatron-Core adds up the experts of a token in another order, in bf16."""
-    moe = {**SHARED, "num_moe_experts": experts}
+    """Megatron-Core adds up the experts of a token in another order, in bf16. Each token goes to all experts,
+    so that rounding sends none elsewhere."""
+    moe = {**SHARED, "num_moe_experts": experts, "moe_router_topk": experts}
     options = {"overlap_moe_expert_parallel_comm": True}
     found = apart(tmp_path, parallel, moe, options, precision="bf16", steps=1)
     assert found.loss < 1e-4 and found.grad_norm < 1e-3 and found.gradients < 0.03
