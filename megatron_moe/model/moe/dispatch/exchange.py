@@ -1,21 +1,17 @@
 """An all-to-all of rows that runs while something else is computed, forward and backward.
 
-`start` launches it, `Pending.wait` hands over what came. Both are nodes of autograd, which goes through them
-in reverse order: the gradient's way back is launched where the rows were waited for, and waited for where
-they were launched. So whatever is computed between the two in the forward pass hides the exchange, and its
-backward pass hides that of the gradient. No schedule of its own is needed for that.
+`start` launches it, `Pending.wait` hands over what came; see `flight`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.model.moe.dispatch.transfer import Transfer, TransferTimes
+from megatron_moe.model.moe.dispatch.flight import Flight, arrive, depart
+from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.groups import size
 
 
@@ -38,7 +34,7 @@ def start(
     if size(group) == 1:
         return Pending(rows, None)
     flight = _Flight(group, send_counts, receive_counts, times or TransferTimes())
-    return Pending(_Start.apply(rows, flight), flight)
+    return Pending(depart(rows, flight), flight)
 
 
 def exchange(
@@ -56,8 +52,7 @@ class Pending:
     """Rows on their way.
 
     Args:
-        rows: those that were there already; with a flight, the thread that ties its two ends together in
-            autograd's graph: no rows, whose gradient of no rows has the right shape both ways.
+        rows: those that were there already; with a flight, its thread.
         flight: what brings them.
     """
 
@@ -66,56 +61,27 @@ class Pending:
 
     def wait(self) -> Tensor:
         """[sum of receive_counts, ..], those of rank 0 first. To be called once."""
-        return self._rows if self._flight is None else _Wait.apply(self._rows, self._flight)
+        return self._rows if self._flight is None else arrive(self._rows, self._flight)
 
 
-@dataclass
-class _Flight:
-    """What the two nodes share: where rows go, and the transfer under way, in one direction or the other."""
+class _Flight(Flight):
+    def __init__(
+        self, group: Any, send_counts: list[int], receive_counts: list[int], times: TransferTimes
+    ) -> None:
+        super().__init__(group, times)
+        self.send_counts, self.receive_counts = send_counts, receive_counts
 
-    group: Any
-    send_counts: list[int]
-    receive_counts: list[int]
-    times: TransferTimes
-    transfer: tuple[Transfer, Tensor, Tensor] | None = None
+    def leave(self, rows: Tensor) -> None:
+        self._exchange(rows, self.send_counts, self.receive_counts)
 
-    def launch(self, rows: Tensor, send: list[int], receive: list[int]) -> None:
+    def turn_back(self, gradient: Tensor) -> None:
+        self._exchange(gradient, self.receive_counts, self.send_counts)
+
+    def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> None:
         rows = rows.contiguous()
         received = rows.new_empty(sum(receive), *rows.shape[1:])
-        transfer = self.times.launch(
+        self.launch(
             lambda: dist.all_to_all_single(received, rows, receive, send, group=self.group, async_op=True),
-            rows.device,
+            rows,
+            received,
         )
-        # What is being sent must outlive the transfer.
-        self.transfer = transfer, rows, received
-
-    def land(self) -> Tensor:
-        assert self.transfer is not None
-        (transfer, _, received), self.transfer = self.transfer, None
-        transfer.wait()
-        return received
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        flight.launch(rows, flight.send_counts, flight.receive_counts)
-        return rows.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land(), None
-
-
-class _Wait(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.land()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
-        flight.launch(grads[0], flight.receive_counts, flight.send_counts)
-        return grads[0].new_empty(0), None

@@ -8,14 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.model.moe.dispatch.transfer import Transfer, TransferTimes
+from megatron_moe.model.moe.dispatch.flight import Flight, arrive, depart
+from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.groups import size
 
 
 class Gathering:
     """Rows of all ranks on their way; the gradient's way back is a reduce-scatter.
-
-    As in `exchange`, it is launched where autograd passes `wait` and waited for where it passes the launch.
 
     Args:
         rows: [t, ..], on every rank equally many.
@@ -25,12 +24,11 @@ class Gathering:
 
     def __init__(self, rows: Tensor, group: Any, times: TransferTimes) -> None:
         self._flight = _Flight(group, times)
-        self._thread = _Start.apply(rows, self._flight)
+        self._thread = depart(rows, self._flight)
 
     def wait(self) -> Tensor:
         """[ranks * t, ..], those of rank 0 first. To be called once."""
-        rows: Tensor = _Wait.apply(self._thread, self._flight)
-        return rows
+        return arrive(self._thread, self._flight)
 
 
 def check_equal(count: int, group: Any) -> None:
@@ -62,70 +60,32 @@ def all_have(rows: Tensor, group: Any) -> Tensor:
     return result
 
 
-class _Flight:
-    """The transfer under way, in one direction or the other."""
-
-    def __init__(self, group: Any, times: TransferTimes) -> None:
-        self.group, self.times = group, times
-        self.transfer: tuple[Transfer, Tensor, Tensor] | None = None
-
-    def gather(self, rows: Tensor) -> None:
+class _Flight(Flight):
+    def leave(self, rows: Tensor) -> None:
         rows = rows.contiguous()
         gathered = rows.new_empty(size(self.group) * len(rows), *rows.shape[1:])
-        transfer = self.times.launch(
-            lambda: dist.all_gather_single(gathered, rows, group=self.group, async_op=True), rows.device
+        self.launch(
+            lambda: dist.all_gather_single(gathered, rows, group=self.group, async_op=True), rows, gathered
         )
-        self.transfer = transfer, rows, gathered
 
-    def scatter(self, rows: Tensor) -> None:
-        rows = rows.contiguous()
+    def turn_back(self, gradient: Tensor) -> None:
+        rows = gradient.contiguous()
         mine = rows.new_empty(len(rows) // size(self.group), *rows.shape[1:])
-        transfer = self.times.launch(
-            lambda: dist.reduce_scatter_single(mine, rows, group=self.group, async_op=True), rows.device
+        self.launch(
+            lambda: dist.reduce_scatter_single(mine, rows, group=self.group, async_op=True), rows, mine
         )
-        self.transfer = transfer, rows, mine
-
-    def land(self) -> Tensor:
-        assert self.transfer is not None
-        (transfer, _, result), self.transfer = self.transfer, None
-        transfer.wait()
-        return result
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        flight.gather(rows)
-        return rows.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land(), None
-
-
-class _Wait(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.land()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.scatter(grads[0])
-        return grads[0].new_empty(0), None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.scatter(rows)
+        flight.turn_back(rows)
         return flight.land()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.gather(grads[0])
+        ctx.flight.leave(grads[0])
         return ctx.flight.land(), None
 
 

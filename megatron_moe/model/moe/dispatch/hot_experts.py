@@ -17,8 +17,9 @@ from torch import Tensor
 
 from megatron_moe.config.schema.moe import Shadowing
 from megatron_moe.model.moe.dispatch.dispatcher import Dispatcher, Experts
+from megatron_moe.model.moe.dispatch.flight import Flight, arrive, depart
 from megatron_moe.model.moe.dispatch.local import by_local_experts
-from megatron_moe.model.moe.dispatch.transfer import Transfer, TransferTimes
+from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
 from megatron_moe.model.moe.routing import Routing, expert_counts
 
@@ -163,56 +164,30 @@ class _Copy:
             # Not the weights, but on every rank something that has gradients where they have.
             row = row.detach().requires_grad_(row.requires_grad)
         self._flight = _Flight(dist.get_global_rank(dispatcher.group, owner), mine, dispatcher)
-        self._thread = _Start.apply(row, self._flight)
+        self._thread = depart(row, self._flight)
 
     def wait(self) -> Tensor:
         """The weights. To be called once."""
-        row: Tensor = _Wait.apply(self._thread, self._flight)
-        return row
+        return arrive(self._thread, self._flight)
 
 
-class _Flight:
-    """The transfer under way: of weights from their owner, or of gradients to it. See `exchange`."""
+class _Flight(Flight):
+    """Of weights from their owner, and of gradients to it."""
 
     def __init__(self, owner: int, mine: bool, dispatcher: HotExperts) -> None:
+        super().__init__(dispatcher.group, dispatcher.times)
         self.owner, self.mine = owner, mine
-        self.group, self.times = dispatcher.group, dispatcher.times
-        self.transfer: tuple[Transfer, Tensor] | None = None
 
-    def launch(self, collective: Callable[..., Any], row: Tensor) -> None:
+    def leave(self, rows: Tensor) -> None:
+        self._send(dist.broadcast, rows)
+
+    def turn_back(self, gradient: Tensor) -> None:
+        self._send(dist.reduce, gradient)
+
+    def gradient(self) -> Tensor | None:
+        row = self.land()
+        return row if self.mine else None
+
+    def _send(self, collective: Callable[..., Any], row: Tensor) -> None:
         row = row.clone(memory_format=torch.contiguous_format)
-        transfer = self.times.launch(
-            lambda: collective(row, self.owner, group=self.group, async_op=True), row.device
-        )
-        self.transfer = transfer, row
-
-    def land(self) -> Tensor:
-        assert self.transfer is not None
-        (transfer, row), self.transfer = self.transfer, None
-        transfer.wait()
-        return row
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, row: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        flight.launch(dist.broadcast, row)
-        return row.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        row = ctx.flight.land()
-        return (row if ctx.flight.mine else None), None
-
-
-class _Wait(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, thread: Tensor, flight: _Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.land()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.launch(dist.reduce, grads[0])
-        return grads[0].new_empty(0), None
+        self.launch(lambda: collective(row, self.owner, group=self.group, async_op=True), row, row)
