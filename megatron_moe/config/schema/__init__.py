@@ -13,15 +13,16 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_moe.config.schema.data import Data, Prepare, Source, Tokenizer
-from megatron_moe.config.schema.model import Model
+from megatron_moe.config.schema.model import Model, MultiLatentAttention
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.config.schema.parallel import Parallel, Pipeline, Recompute
-from megatron_moe.config.schema.run import Checkpoint, Launch, Logging, Resilience, WandB
+from megatron_moe.config.schema.run import Checkpoint, Cluster, Launch, Logging, Resilience, WandB
 from megatron_moe.config.schema.section import InputPath, Section
 from megatron_moe.config.schema.training import Optimizer, Training
 
 __all__ = [
     "Checkpoint",
+    "Cluster",
     "Data",
     "Experiment",
     "InputPath",
@@ -29,6 +30,7 @@ __all__ = [
     "Logging",
     "MoE",
     "Model",
+    "MultiLatentAttention",
     "Optimizer",
     "Parallel",
     "Pipeline",

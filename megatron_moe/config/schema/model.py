@@ -6,7 +6,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_moe.config.schema.section import Fraction, LayerCount, PositiveFloat, PositiveInt, Section
+from megatron_moe.config.schema.section import (
+    Fraction,
+    LayerCount,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class MultiLatentAttention(Section):
+    """Multi-head latent attention (DeepSeek-V2): keys and values, and if wanted queries, pass through a
+    narrow projection, and positions reach a part of each head of their own."""
+
+    q_lora_rank: PositiveInt | None = None
+    """Width of the narrow projection of queries. Default: queries are projected at once."""
+    kv_lora_rank: PositiveInt = 512
+    """Width of the narrow projection that keys and values share."""
+    qk_head_dim: PositiveInt = 128
+    """Part of each query and key head without positions."""
+    qk_pos_emb_head_dim: PositiveInt = 64
+    """Part of each query and key head that is rotated; keys share one among all heads."""
+    v_head_dim: PositiveInt = 128
+    """Width of a value head."""
 
 
 class Model(Section):
@@ -31,6 +54,13 @@ class Model(Section):
     tensor-parallel size, so that a checkpoint fits every layout."""
     max_position_embeddings: PositiveInt | None = None
     """Longest sequence that positions are defined for. Default: training.seq_length."""
+    multi_latent_attention: MultiLatentAttention | None = None
+    """Attention through narrow projections, instead of num_query_groups and kv_channels. Leave the section
+    out for grouped-query attention."""
+    mtp_num_layers: NonNegativeInt = 0
+    """Multi-token-prediction layers (DeepSeek-V3) behind the last layer: each predicts one token further."""
+    mtp_loss_scaling_factor: PositiveFloat = 0.1
+    """Weight of their mean loss beside the language-model loss."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """How positions reach the model."""
     rotary_base: PositiveFloat = 10000.0

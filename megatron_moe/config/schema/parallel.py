@@ -42,9 +42,16 @@ class Pipeline(Section):
     """Which layers each pipeline stage holds."""
 
     layers_per_stage: list[NonNegativeInt] | str | None = None
-    """Layers of each of the PP x VPP stages, in the order in which a token passes them: a list, or Megatron's
-    layout string, such as `Et*3|(tt|)*29|L` (E embedding, t layer, L loss). The first stage may have no layer
-    beside the embedding, the last none beside the loss. Default: even."""
+    """Layers of each of the PP x VPP stages, in the order in which a token passes them: a list, Megatron's
+    layout string, such as `Et*3|(tt|)*29,m|L` (E embedding, t layer, m multi-token prediction, L loss), or
+    `auto`: the planner places them, so that every stage fits its memory and an iteration is shortest. The
+    first stage may have no layer beside the embedding, the last none beside the loss. Default: even."""
+    num_layers_in_first_stage: NonNegativeInt | None = None
+    """Layers of the first stage, those between being even; instead of layers_per_stage."""
+    num_layers_in_last_stage: NonNegativeInt | None = None
+    """Layers of the last stage, those between being even; instead of layers_per_stage."""
+    mtp_stage: NonNegativeInt | None = None
+    """Stage, from 0, that holds the multi-token-prediction layers. Default: the last, beside the loss."""
 
 
 class Recompute(Section):
@@ -53,9 +60,10 @@ class Recompute(Section):
     granularity: Literal["none", "selective", "full"] | None = None
     """`full`: whole layers, as many as layers_per_stage says. `selective`: the modules of each layer.
     Default: what layers_per_stage or modules imply, else `none`."""
-    layers_per_stage: list[NonNegativeInt] | None = None
-    """Recomputed layers of each pipeline rank (PP entries; within VPP of each chunk of that rank). Default:
-    all layers under granularity `full`, else none."""
+    layers_per_stage: list[NonNegativeInt] | Literal["auto"] | None = None
+    """Recomputed layers of each pipeline rank (PP entries; within VPP of each chunk of that rank), or `auto`:
+    as few as let each rank fit its memory, by the plan. Default: all layers under granularity `full`, else
+    none."""
     method: Literal["block", "uniform"] = "block"
     """Under granularity `full`. `block` recomputes the first n layers of a stage, each by itself; `uniform`
     recomputes every layer of the stage, in groups of n that keep only their input."""

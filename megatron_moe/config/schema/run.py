@@ -6,7 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_moe.config.schema.section import PositiveInt, Section
+from megatron_moe.config.schema.section import (
+    InputPath,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    RankCount,
+    Section,
+)
 
 
 class Checkpoint(Section):
@@ -44,12 +51,53 @@ class Logging(Section):
     `pip install 'megatron-moe[tensorboard]'`."""
     wandb: WandB | None = None
     """Also send the metrics to Weights & Biases. Leave the section out for none."""
+    timeline_iter: PositiveInt | None = None
+    """Iteration whose timeline every rank measures, written to `timeline.json` in the run folder in Chrome's
+    trace format, as `plan --trace` writes the planned one. Default: none."""
     curves: bool = True
     """Draw loss, learning rate and drop rate to `curves.png` in the run folder when the run ends."""
 
 
+class Cluster(Section):
+    """The machines, as the planner sees them. What is left out comes from the preset."""
+
+    preset: Literal["this-machine", "a100", "a800", "h100", "h800", "h200", "b200", "rtx4090"] = (
+        "this-machine"
+    )
+    """Machines whose figures are known (`config/clusters/`), a node with 8 GPUs of one kind each;
+    `this-machine`: this node, its GPUs by name, or its processor and memory shared by the ranks."""
+    gpus_per_node: RankCount | None = None
+    """Ranks of a node, which the fast links join."""
+    memory_gib: PositiveFloat | None = None
+    """Memory of a GPU, in GiB; on a machine without, of a rank."""
+    reserved_gib: NonNegativeFloat | None = None
+    """What of it is not to be planned with, in GiB: context, communication buffers, fragmentation."""
+    peak_tflops: PositiveFloat | None = None
+    """Dense peak of the matrix units in the precision of training, in TFLOP/s."""
+    achievable_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of the peak that large matrix products reach."""
+    memory_bandwidth_gb_s: PositiveFloat | None = None
+    """Of a GPU's memory, in GB/s."""
+    intra_node_gb_s: PositiveFloat | None = None
+    """From a GPU to the others of its node, one direction, in GB/s."""
+    intra_node_latency_us: NonNegativeFloat | None = None
+    """Of a message within a node, in microseconds."""
+    inter_node_gb_s: PositiveFloat | None = None
+    """From a GPU to other nodes, one direction, in GB/s: the node's links divided by its GPUs."""
+    inter_node_latency_us: NonNegativeFloat | None = None
+    """Of a message between nodes, in microseconds."""
+
+
 class Launch(Section):
-    """How ranks are started."""
+    """How ranks are started, and on what."""
+
+    cluster: Cluster = Field(default_factory=Cluster)
+    profile: InputPath | None = None
+    """Times and activation bytes that `megatron-moe profile` measured, for the planner. Default:
+    `profile.json` in the run folder, if it is there."""
+    expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
+    """Load of the fullest expert rank over the mean that the planner counts with, where nothing is dropped.
+    1: even."""
 
     threads_per_rank: PositiveInt | None = None
     """CPU threads a rank that is started here computes with. Default: the machine's cores divided by the
