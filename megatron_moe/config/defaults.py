@@ -15,7 +15,13 @@ from typing import Any
 from megatron_moe.config import tokenizer_files
 from megatron_moe.config.errors import ConfigError, InputError
 from megatron_moe.config.keys import leaves
-from megatron_moe.config.layout_string import LayoutMistake, layers_of, layers_per_stage
+from megatron_moe.config.layout_string import (
+    AUTO,
+    LayoutMistake,
+    layers_are_placed,
+    layers_of,
+    layers_per_stage,
+)
 from megatron_moe.config.origin import Problem, shown
 from megatron_moe.config.reads import with_reads
 from megatron_moe.config.schema import Experiment
@@ -88,7 +94,7 @@ def _read_layout_string(filled: Filled) -> None:
     as in Megatron."""
     key, virtual = "pipeline.layers_per_stage", "parallel.virtual_pipeline_model_parallel_size"
     text = filled.experiment.pipeline.layers_per_stage
-    if not isinstance(text, str):
+    if not isinstance(text, str) or text == AUTO:
         return
     try:
         layers = layers_of(text)
@@ -207,7 +213,7 @@ def _layers_per_stage(e: Experiment, world_size: int | None) -> list[int]:
         uneven = [layers // stages + (1 if stage < layers % stages else 0) for stage in range(stages)]
         advice = (
             f"use {nearest_multiples(layers, stages)} layers, or say the split: pipeline.layers_per_stage: "
-            f"{uneven if stages <= 16 else 'a list that adds up to ' + str(layers)}"
+            f"{uneven if stages <= 16 else 'a list that adds up to ' + str(layers)}, or auto"
         )
     keys: tuple[str, ...] = ("model.num_layers", "parallel.pipeline_model_parallel_size")
     over = keys[1]
@@ -228,6 +234,9 @@ def _recompute_layers_per_stage(e: Experiment, world_size: int | None) -> list[i
     ranks = e.parallel.pipeline_model_parallel_size
     if e.recompute.granularity != "full":
         return [0] * ranks
+    if layers_are_placed(e):
+        # As many as there may be; `plan.auto` makes it what each rank holds.
+        return [e.model.num_layers if e.recompute.method == "block" else 1] * ranks
     layers = layers_per_stage(e)
     longest = [max(layers[rank::ranks], default=0) for rank in range(ranks)]
     return longest if e.recompute.method == "block" else [min(1, count) for count in longest]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from megatron_moe.config.defaults import divisors_of, nearest_multiples
-from megatron_moe.config.layout_string import layers_per_stage
+from megatron_moe.config.layout_string import layers_are_placed, layers_per_stage
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import CP, DP, EP, ETP, PP, SP, TP, VPP, Problems, divides, set_value
 from megatron_moe.config.schema import Experiment
@@ -100,7 +100,11 @@ def vpp_needs_pp(e: Experiment) -> Problems:
 
 def stages_add_up(e: Experiment) -> Problems:
     """Each layer is in exactly one stage; only beside the embedding and beside the loss there may be none."""
-    layers, key = layers_per_stage(e), "pipeline.layers_per_stage"
+    key = "pipeline.layers_per_stage"
+    if layers_are_placed(e):
+        yield from _stages_can_be_placed(e)
+        return
+    layers = layers_per_stage(e)
     pp, vpp = (
         e.parallel.pipeline_model_parallel_size,
         set_value(e.parallel.virtual_pipeline_model_parallel_size),
@@ -118,6 +122,18 @@ def stages_add_up(e: Experiment) -> Problems:
     elif 0 in layers[1:-1]:
         text = f"leaves stage {layers.index(0, 1) + 1} without a layer, embedding or loss"
         yield Problem((key,), text, "give it at least 1 layer, or use fewer stages")
+
+
+def _stages_can_be_placed(e: Experiment) -> Problems:
+    """The first stage may hold the embedding alone and the last the loss, those between need a layer."""
+    pp, vpp = (
+        e.parallel.pipeline_model_parallel_size,
+        set_value(e.parallel.virtual_pipeline_model_parallel_size),
+    )
+    least = max(1, pp * vpp - 2)
+    if e.model.num_layers < least:
+        text = f"is fewer than the {pp * vpp} stages, {PP} times {VPP}, need"
+        yield Problem(("model.num_layers", PP, VPP), text, f"use at least {least}, or fewer stages")
 
 
 def param_gather_needs_grad_reduce(e: Experiment) -> Problems:

@@ -16,6 +16,9 @@ from megatron_moe.config.schema import Experiment
 _LONGEST = 100_000
 """Letters of a string with its repeats written out: far more than any model has layers."""
 
+AUTO = "auto"
+"""In the place of a string or a list: the planner finds it."""
+
 _PART = re.compile(r"(?P<part>\([^()]*\)|[^()*])(?:\*(?P<times>[0-9]+))?")
 
 _MEANING = "E (embedding), t (layer), L (loss), | (next stage)"
@@ -99,7 +102,13 @@ def _unreadable(text: str, position: int) -> LayoutMistake:
 
 
 def layers_per_stage(experiment: Experiment) -> list[int]:
-    """Layers of each stage of a filled experiment, where a string has become a list."""
+    """Layers of each stage of a filled experiment, where a string has become a list, and which the planner
+    has nothing to place in."""
     layers = experiment.pipeline.layers_per_stage
-    assert isinstance(layers, list), "this looks at filled experiments only"
+    assert isinstance(layers, list), "this looks at filled and placed experiments only"
     return layers
+
+
+def layers_are_placed(experiment: Experiment) -> bool:
+    """Whether the planner is to say which layers each stage holds."""
+    return experiment.pipeline.layers_per_stage == AUTO

@@ -14,10 +14,10 @@ KeyPath = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """`file` with its name and line, `override` of the command line, `default` of the schema, or `derived`
-    from other keys."""
+    """`file` with its name and line, `override` of the command line, `default` of the schema, `derived` from
+    other keys, or `planned` where the file says auto."""
 
-    kind: Literal["file", "override", "default", "derived"]
+    kind: Literal["file", "override", "default", "derived", "planned"]
     file: str = ""
     line: int = 0
     keys: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe.config.defaults import divisors_of
-from megatron_moe.config.layout_string import layers_per_stage
+from megatron_moe.config.layout_string import layers_are_placed, layers_per_stage
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import PP, Problems, set_value
@@ -18,6 +18,10 @@ def recompute_said_once(e: Experiment) -> Problems:
     """`full` goes by layers, `selective` by modules, and neither looks at the other's key."""
     r = e.recompute
     granularity, modules, counts = r.granularity, set_value(r.modules), set_value(r.layers_per_stage)
+    if isinstance(counts, str) and granularity != "full":
+        text = f"is for whole layers, and not for {GRANULARITY}"
+        yield Problem((COUNTS, GRANULARITY), text, "leave the second one out")
+        return
     if granularity == "full" and not any(counts):
         yield Problem((GRANULARITY, COUNTS), f"recomputes nothing under {COUNTS}", "leave the second one out")
     if granularity != "full" and any(counts):
@@ -35,12 +39,17 @@ def recompute_said_once(e: Experiment) -> Problems:
 
 def recompute_within_stages(e: Experiment) -> Problems:
     """No more layers are recomputed than there are; `uniform` needs groups that come out even."""
-    counts, layers = set_value(e.recompute.layers_per_stage), layers_per_stage(e)
+    counts = e.recompute.layers_per_stage
     stages, pp = "pipeline.layers_per_stage", e.parallel.pipeline_model_parallel_size
+    if counts is None or isinstance(counts, str):
+        return
     if len(counts) != pp:
         text = f"has {len(counts)} entries and not {PP}"
         yield Problem((COUNTS, PP), text, f"give it {pp} entries, for example {[0] * pp}")
         return
+    if layers_are_placed(e):
+        return
+    layers = layers_per_stage(e)
     for rank, count in enumerate(counts):
         chunks = layers[rank::pp]
         if not chunks:

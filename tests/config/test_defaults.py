@@ -167,11 +167,11 @@ def test_the_vocabulary_follows_the_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "advice"),
     [
-        ([f"{PP}=3"], "use 3 or 6 layers, or say the split: pipeline.layers_per_stage: [2, 1, 1]"),
+        ([f"{PP}=3"], "use 3 or 6 layers, or say the split: pipeline.layers_per_stage: [2, 1, 1], or auto"),
         ([f"{PP}=8"], "use at least 8 layers, or fewer stages"),
         (
             ["model.num_layers=6", f"{PP}=2", f"{VPP}=2"],
-            "use 4 or 8 layers, or say the split: pipeline.layers_per_stage: [2, 2, 1, 1]",
+            "use 4 or 8 layers, or say the split: pipeline.layers_per_stage: [2, 2, 1, 1], or auto",
         ),
     ],
 )
