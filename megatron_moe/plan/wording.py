@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _SHOWN_RUNS = 4
+_DURATIONS = ((2 * 86400, 86400, "days"), (2 * 3600, 3600, "hours"), (120, 60, "minutes"), (1, 1, "s"))
+"""From how many seconds on, divided by what, in which unit."""
+
+Units = Sequence[tuple[str, float]]
+BYTES: Units = (("B", 1.0), ("KiB", 2.0**10), ("MiB", 2.0**20), ("GiB", 2.0**30))
+SECONDS: Units = (("us", 1e-6), ("ms", 1e-3), ("s", 1.0))
 
 
 def count(value: float) -> str:
@@ -28,6 +34,36 @@ def _scaled(value: float, units: Sequence[str]) -> str:
         value /= 1000
         exponent += 1
     return f"{value:#.4g}{units[exponent]}" if exponent else f"{value:.4g}{units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """A time in three digits: `812 us`, `41.2 s`, `10.9 days`."""
+    for least, divisor, unit in _DURATIONS:
+        if seconds >= least:
+            return f"{_three_digits(seconds / divisor)} {unit}"
+    unit, text = in_one_unit([seconds], SECONDS)
+    return f"{text(seconds)} {unit}"
+
+
+def in_one_unit(values: Iterable[float], units: Units) -> tuple[str, Callable[[float], str]]:
+    """The unit in which numbers of a table are written, and how: the largest in three digits."""
+    largest = max(map(abs, values), default=0.0)
+    unit, size = next((entry for entry in reversed(units) if largest >= entry[1]), units[0])
+    decimals = _decimals(largest / size)
+    return unit, lambda value: f"{value / size:,.{decimals}f}"
+
+
+def percent(part: float) -> str:
+    """`34.9 %`."""
+    return f"{100 * part:.1f} %"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{_decimals(value)}f}"
+
+
+def _decimals(value: float) -> int:
+    return 2 if value < 9.995 else 1 if value < 99.95 else 0
 
 
 def plural(count: int, noun: str) -> str:
