@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.schema import Training
+from megatron_moe.config.schema import Experiment, Training
+
+
+def num_microbatches(experiment: Experiment) -> int:
+    """Microbatches that a replica runs in a step with the whole global batch, of a filled experiment."""
+    replicas = experiment.parallel.data_parallel_size
+    assert replicas is not None
+    return experiment.training.global_batch_size // (experiment.training.micro_batch_size * replicas)
 
 
 def global_batch_size(training: Training, consumed_samples: int) -> int:
