@@ -1,0 +1,81 @@
+"""Where an experiment says `auto`, what the planner puts there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_moe.config.errors import InputError
+from megatron_moe.config.keys import leaves
+from megatron_moe.config.layout_string import AUTO, layers_are_placed, layers_per_stage
+from megatron_moe.config.loading import Loaded
+from megatron_moe.config.origin import Origin
+from megatron_moe.config.rules import violations
+from megatron_moe.config.schema import Experiment
+from megatron_moe.plan import placement
+from megatron_moe.plan.assembly import assemble
+from megatron_moe.plan.batch_ramp import num_microbatches
+from megatron_moe.plan.cluster import Cluster
+from megatron_moe.plan.layout import Layout
+from megatron_moe.plan.profile import profile_of
+from megatron_moe.plan.stages import mtp_stage
+
+_LAYERS, _COUNTS = "pipeline.layers_per_stage", "recompute.layers_per_stage"
+
+
+def has_auto(experiment: Experiment) -> bool:
+    """Whether the planner is to say where layers are, or how many are computed again."""
+    return layers_are_placed(experiment) or experiment.recompute.layers_per_stage == AUTO
+
+
+def resolve(loaded: Loaded) -> Loaded:
+    """The experiment with lists in the places of `auto`, and where they come from.
+
+    Raises InputError where no placement fits the memory.
+    """
+    experiment = loaded.experiment
+    if not has_auto(experiment):
+        return loaded
+    planned = [_LAYERS] * layers_are_placed(experiment)
+    planned += [_COUNTS, "recompute.granularity"] * (experiment.recompute.layers_per_stage == AUTO)
+    provenance = {**loaded.provenance, **dict.fromkeys(planned, Origin("planned"))}
+    return replace(loaded, experiment=placed(experiment), provenance=provenance)
+
+
+def placed(experiment: Experiment) -> Experiment:
+    """A filled experiment with lists in the places of `auto`; itself where there is none.
+
+    Raises InputError where no placement fits the memory, or what is fixed does not go with what was found.
+    """
+    if not has_auto(experiment):
+        return experiment
+    layout, cluster = Layout.of(experiment), Cluster.of(experiment)
+    recompute = experiment.recompute
+    counts = recompute.layers_per_stage
+    found = placement.place(
+        assemble(experiment, layout, cluster, profile_of(experiment)),
+        pipeline_size=layout.pipeline_model_parallel_size,
+        chunks=layout.virtual_pipeline_model_parallel_size,
+        num_microbatches=num_microbatches(experiment),
+        memory_bytes=cluster.usable_bytes,
+        fixed_layers=None if layers_are_placed(experiment) else layers_per_stage(experiment),
+        fixed_recompute=counts if isinstance(counts, list) else None,
+        method=recompute.method,
+        mtp_stage=mtp_stage(experiment),
+    )
+    changed = experiment.model_copy(
+        update={
+            "pipeline": experiment.pipeline.model_copy(
+                update={"layers_per_stage": list(found.layers_per_stage)}
+            ),
+            "recompute": recompute.model_copy(
+                update={
+                    "layers_per_stage": list(found.recompute_per_rank),
+                    "granularity": recompute.granularity if any(found.recompute_per_rank) else "none",
+                }
+            ),
+        }
+    )
+    values = dict(leaves(changed))
+    if problems := [problem.render(values, {}) for problem in violations(changed)]:
+        raise InputError(*problems)
+    return changed
