@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megatron_moe.plan.picture_style import BLUE, GREEN, GREY, PINK, RED, SKY, STYLE, VERMILION
 from megatron_moe.plan.wording import count
 
 Columns = dict[str, np.ndarray]
@@ -36,35 +37,13 @@ _KEYS = (
     "moe/router_entropy",
     "skipped",
 )
-_INK, _GREY, _GRID = "#22262b", "#6b7280", "#e5e7eb"
-# Okabe and Ito's colours: they stay apart for every eye, and as greys.
-_LOSS, _HELD_OUT, _RATE, _DROP, _SKIPPED = "#0072b2", "#d55e00", "#4b5563", "#009e73", "#b91c1c"
-_BUSIEST, _ENTROPY = "#cc79a7", "#56b4e9"
-_OWN_RATES = {"lr/embedding": "#cc79a7", "lr/experts": "#009e73"}
+_RATE = "#4b5563"
+_OWN_RATES = {"lr/embedding": PINK, "lr/experts": GREEN}
 _ROUTER = {
-    "moe/load_max_over_mean": ("Busiest expert", "times the mean load; 1 is perfect balance", _BUSIEST),
-    "moe/router_entropy": ("Router entropy", "nats; low is sure, log of the experts is undecided", _ENTROPY),
+    "moe/load_max_over_mean": ("Busiest expert", "times the mean load; 1 is perfect balance", PINK),
+    "moe/router_entropy": ("Router entropy", "nats; low is sure, log of the experts is undecided", SKY),
 }
 """Key -> title, unit and colour of a panel of its own."""
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "legend.frameon": False,
-    "path.simplify_threshold": 0.5,
-}
 _ROUND = [1, 2, 2.5, 5, 10]
 _SMOOTHED_FROM = 100
 """Steps from which on a line shows the mean over neighbours, the raw one pale behind it."""
@@ -73,7 +52,7 @@ _SMOOTHED_FROM = 100
 def draw(metrics: Path, picture: Path, name: str) -> None:
     """Draw the curves of a metrics.jsonl into a PNG file, which is there whole or not at all."""
     steps = read(metrics)
-    with rc_context({**rcParamsDefault, **_STYLE}):
+    with rc_context({**rcParamsDefault, **STYLE}):
         figure = figure_of(steps, name)
         aside = picture.with_name(f".{picture.name}.part")
         FigureCanvasAgg(figure).print_png(str(aside))
@@ -108,7 +87,7 @@ def figure_of(steps: Columns, name: str) -> Figure:
     figure = Figure(figsize=size, dpi=160, facecolor="white", layout=layout)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     figure.suptitle(name, x=0.012, ha="left", fontsize=14, fontweight="bold")
-    figure.text(0.988, 0.982, _summary(steps), ha="right", va="top", color=_GREY)
+    figure.text(0.988, 0.982, _summary(steps), ha="right", va="top", color=GREY)
     _loss(panels[0], steps)
     _learning_rate(panels[1], steps)
     if drops:
@@ -139,7 +118,7 @@ def _summary(steps: Columns) -> str:
 
 def _loss(panel: Axes, steps: Columns) -> None:
     _title(panel, "Loss", "nats a token")
-    _line(panel, steps, "loss", _LOSS, "training")
+    _line(panel, steps, "loss", BLUE, "training")
     if _has(steps, "eval/loss"):
         _held_out(panel, steps, "eval/loss")
     skipped = steps["iteration"][steps["skipped"] == 1]
@@ -147,7 +126,7 @@ def _loss(panel: Axes, steps: Columns) -> None:
         panel.plot(
             skipped,
             np.full(len(skipped), 0.03),
-            color=_SKIPPED,
+            color=RED,
             linestyle="none",
             marker="^",
             transform=panel.get_xaxis_transform(),
@@ -164,7 +143,7 @@ def _held_out(panel: Axes, steps: Columns, key: str) -> None:
     panel.plot(
         steps["iteration"][there],
         steps[key][there],
-        color=_HELD_OUT,
+        color=VERMILION,
         linewidth=1.4,
         marker="o",
         markersize=5 if np.count_nonzero(there) <= 60 else 0,
@@ -196,7 +175,7 @@ def _drop_rate(panel: Axes, steps: Columns, key: str) -> None:
     else:
         _title(panel, "Would-drop rate", "share of assignments beyond a capacity limit; nothing is dropped")
     is_evaluated = key == "moe/drop_rate" and _has(steps, "eval/drop_rate")
-    _line(panel, steps, key, _DROP, "training" if is_evaluated else "")
+    _line(panel, steps, key, GREEN, "training" if is_evaluated else "")
     if is_evaluated:
         _held_out(panel, steps, "eval/drop_rate")
         panel.legend(loc="upper right")
@@ -241,7 +220,7 @@ def _smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 def _title(panel: Axes, title: str, unit: str = "") -> None:
     panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    panel.set_title(unit, loc="right", fontsize=9, color=_GREY)
+    panel.set_title(unit, loc="right", fontsize=9, color=GREY)
 
 
 def _has(steps: Columns, key: str) -> bool:
