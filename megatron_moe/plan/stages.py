@@ -29,11 +29,20 @@ class Stage:
     """Modules of the stage's layers that the backward pass computes again by themselves."""
     has_embedding: bool
     has_loss: bool
+    num_mtp_layers: int = 0
+    """Multi-token-prediction layers: all of them, or none."""
 
 
 def moe_layers(experiment: Experiment) -> tuple[int, ...]:
     """Numbers of the layers that hold experts; empty for a dense model."""
     return tuple(layer for layer, has_experts in enumerate(kinds(experiment)) if has_experts)
+
+
+def mtp_stage(experiment: Experiment) -> int:
+    """The stage, from 0, with the multi-token-prediction layers where a model has them: pipeline.mtp_stage,
+    or the last."""
+    given = experiment.pipeline.mtp_stage
+    return Layout.of(experiment).num_stages - 1 if given is None else given
 
 
 def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
@@ -43,9 +52,10 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
     sizes = layers_per_stage(experiment)
     recompute_counts = experiment.recompute.layers_per_stage
     assert len(sizes) == layout.num_stages
-    assert recompute_counts is not None and len(recompute_counts) == pipeline_size
+    assert isinstance(recompute_counts, list) and len(recompute_counts) == pipeline_size
 
     with_experts = frozenset(moe_layers(experiment))
+    with_mtp = mtp_stage(experiment)
     stages = []
     first = 0
     for index, size in enumerate(sizes):
@@ -64,6 +74,7 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
                 recomputed_modules=_modules(experiment, size, sum(n in with_experts for n in layers)),
                 has_embedding=index == 0,
                 has_loss=index == layout.num_stages - 1,
+                num_mtp_layers=experiment.model.mtp_num_layers if index == with_mtp else 0,
             )
         )
     owned = [layer for stage in stages for layer in stage.layers]

@@ -100,12 +100,12 @@ def test_only_ranks_hold_the_padded_vocabulary(vocabulary: int, padded: int) -> 
 
 
 def test_a_model_with_weights_that_are_not_counted_is_refused_by_its_keys() -> None:
-    experiment = filled(model={"megatron_core": {"mtp_num_layers": 1, "multi_latent_attention": True}})
+    experiment = filled(model={"megatron_core": {"moe_latent_size": 16, "attention_output_gate": True}})
     with pytest.raises(InputError) as refused:
         count_parameters(experiment)
     assert [problem.split(" = ")[0] for problem in refused.value.problems] == [
-        "model.megatron_core.mtp_num_layers",
-        "model.megatron_core.multi_latent_attention",
+        "model.megatron_core.attention_output_gate",
+        "model.megatron_core.moe_latent_size",
     ]
 
 
