@@ -10,9 +10,10 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_moe.config import tokenizer_files
+from megatron_moe.config.cluster_defaults import CLUSTER_KEYS
 from megatron_moe.config.errors import ConfigError, InputError
 from megatron_moe.config.keys import leaves
 from megatron_moe.config.layout_string import (
@@ -24,7 +25,9 @@ from megatron_moe.config.layout_string import (
 )
 from megatron_moe.config.origin import Problem, shown
 from megatron_moe.config.reads import with_reads
-from megatron_moe.config.schema import Experiment
+from megatron_moe.config.schema import Experiment, Section
+
+_S = TypeVar("_S", bound=Section)
 
 
 class Underivable(Exception):
@@ -114,29 +117,35 @@ def _read_layout_string(filled: Filled) -> None:
 
 def _given(experiment: Experiment, key: str) -> bool:
     """Whether there is nothing to derive: the user set the key, or its section does not exist."""
-    section, name = key.split(".")
-    holder = getattr(experiment, section)
-    return holder is None or getattr(holder, name) is not None
+    *sections, name = key.split(".")
+    holder: Any = experiment
+    for section in sections:
+        holder = getattr(holder, section)
+        if holder is None:
+            return True
+    return getattr(holder, name) is not None
 
 
-def _with(experiment: Experiment, key: str, value: Any) -> Experiment:
-    section, name = key.split(".")
-    return experiment.model_copy(
-        update={section: getattr(experiment, section).model_copy(update={name: value})}
+def _with(holder: _S, key: str, value: Any) -> _S:
+    section, _, inner = key.partition(".")
+    return holder.model_copy(
+        update={section: _with(getattr(holder, section), inner, value) if inner else value}
     )
 
 
-def _without(experiment: Experiment, key: str) -> Experiment:
-    section, name = key.split(".")
-    holder = getattr(experiment, section, None)
-    if holder is None:
-        return experiment
-    lacking = holder.model_copy()
-    lacking.__dict__.pop(name, None)
-    return experiment.model_copy(update={section: lacking})
+def _without(holder: _S, key: str) -> _S:
+    section, _, inner = key.partition(".")
+    if not inner:
+        lacking = holder.model_copy()
+        lacking.__dict__.pop(section, None)
+        return lacking
+    held = getattr(holder, section, None)
+    return holder if held is None else holder.model_copy(update={section: _without(held, inner)})
 
 
 def _kv_channels(e: Experiment, world_size: int | None) -> int:
+    if (latent := e.model.multi_latent_attention) is not None:
+        return latent.qk_head_dim + latent.qk_pos_emb_head_dim
     if e.model.hidden_size % e.model.num_attention_heads:
         heads = divisors_of(e.model.hidden_size)
         near = nearest_multiples(e.model.hidden_size, e.model.num_attention_heads)
@@ -295,6 +304,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("optimizer.lr_decay_iters", lambda e, _: e.training.train_iters),
     ("optimizer.lr_warmup_iters", _warmup_iters),
     ("optimizer.lr_wsd_decay_iters", _wsd_decay_iters),
+    *CLUSTER_KEYS,
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_moe.config import (
     capacity_rules,
+    cluster_rules,
     data_rules,
     device_rules,
     dispatch_rules,
@@ -111,6 +112,8 @@ RULES: list[Rule] = [
     optimizer_rules.ramp_reaches_batch,
     layout_rules.batch_over_replicas,
     sink_rules.wandb_names_are_names,
+    cluster_rules.memory_is_left,
+    cluster_rules.units_for_fp8,
     optimizer_rules.ramp_over_replicas,
 ]
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from megatron_moe.config.schema.section import (
     InputPath,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     RankCount,
@@ -65,27 +66,49 @@ class Cluster(Section):
         "this-machine"
     )
     """Machines whose figures are known (`config/clusters/`), a node with 8 GPUs of one kind each;
-    `this-machine`: this node, its GPUs by name, or its processor and memory shared by the ranks."""
+    `this-machine`: this node, its GPUs by name (an unknown one is planned as an A100), or without GPU its
+    processor and memory, shared by the ranks."""
     gpus_per_node: RankCount | None = None
-    """Ranks of a node, which the fast links join."""
+    """Ranks of a node, which the fast links join. Default: the preset's; on a machine without GPU all
+    ranks."""
     memory_gib: PositiveFloat | None = None
-    """Memory of a GPU, in GiB; on a machine without, of a rank."""
+    """Memory of a GPU, in GiB; on a machine without, of a rank: its share of the memory that there is.
+    Default: the preset's, none where the machine does not tell."""
     reserved_gib: NonNegativeFloat | None = None
-    """What of it is not to be planned with, in GiB: context, communication buffers, fragmentation."""
+    """What of it is not to be planned with, in GiB: context, communication buffers, fragmentation. Default:
+    the preset's; on a machine without GPU what a process takes by itself, or 0 beside memory_gib."""
     peak_tflops: PositiveFloat | None = None
-    """Dense peak of the matrix units in the precision of training, in TFLOP/s."""
+    """Dense peak of the matrix units in the precision of training, in TFLOP/s. Default: the preset's in
+    training.precision (`auto`: bf16 on a GPU, else fp32) and training.fp8."""
+    peak_fp32_tflops: PositiveFloat | None = None
+    """Peak in float32, in which routers compute whatever training.precision is. Default: the preset's."""
     achievable_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Part of the peak that large matrix products reach."""
+    """Part of the peak that large matrix products reach. Default: the preset's."""
+    attention_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of the peak in 16 bits (under FP8 half of peak_tflops) that attention scores reach. Default: the
+    preset's."""
+    matrix_padding: NonNegativeInt | None = None
+    """Each of the three sizes of a matrix product costs as if it were so many larger: what small products
+    lose. Default: the preset's."""
     memory_bandwidth_gb_s: PositiveFloat | None = None
-    """Of a GPU's memory, in GB/s."""
+    """Of a GPU's memory, in GB/s. Default: the preset's."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of it that norms, activations and the like reach. Default: the preset's."""
+    kernel_us: NonNegativeFloat | None = None
+    """What a kernel takes beside its work, in microseconds. Default: the preset's."""
     intra_node_gb_s: PositiveFloat | None = None
-    """From a GPU to the others of its node, one direction, in GB/s."""
+    """From a GPU to the others of its node, one direction, in GB/s. Default: the preset's."""
     intra_node_latency_us: NonNegativeFloat | None = None
-    """Of a message within a node, in microseconds."""
+    """Of a message within a node, in microseconds. Default: the preset's."""
     inter_node_gb_s: PositiveFloat | None = None
-    """From a GPU to other nodes, one direction, in GB/s: the node's links divided by its GPUs."""
+    """From a GPU to other nodes, one direction, in GB/s: the node's links divided by its GPUs. Default: the
+    preset's."""
     inter_node_latency_us: NonNegativeFloat | None = None
-    """Of a message between nodes, in microseconds."""
+    """Of a message between nodes, in microseconds. Default: the preset's."""
+    network_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of the links' bandwidth that collectives reach. Default: the preset's."""
+    all_to_all_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of it that the experts' all-to-all reaches. Default: the preset's."""
 
 
 class Launch(Section):
@@ -98,7 +121,6 @@ class Launch(Section):
     expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
     """Load of the fullest expert rank over the mean that the planner counts with, where nothing is dropped.
     1: even."""
-
     threads_per_rank: PositiveInt | None = None
     """CPU threads a rank that is started here computes with. Default: the machine's cores divided by the
     ranks, at least 1."""

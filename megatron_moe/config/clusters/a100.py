@@ -1,0 +1,26 @@
+"""NVIDIA A100-SXM4-80GB, nodes of 8 (HGX or DGX)."""
+
+from __future__ import annotations
+
+from megatron_moe.config.clusters.preset import Preset
+
+PRESET = Preset(
+    gpus_per_node=8,  # HGX A100
+    memory_gib=79.3,  # 80 GB HBM2e; what the driver leaves
+    reserved_gib=3.0,  # stated: CUDA context, NCCL's buffers, fragmentation
+    peak_bf16_tflops=312.0,  # datasheet
+    peak_fp8_tflops=None,  # Ampere has no FP8 units
+    peak_fp32_tflops=19.5,  # datasheet
+    achievable_fraction=0.80,  # stated: cuBLAS on large products
+    attention_fraction=0.55,  # stated: FlashAttention-2
+    matrix_padding=64,  # stated: half a tile
+    memory_bandwidth_gb_s=2039.0,  # datasheet
+    memory_fraction=0.80,  # stated: streaming kernels
+    kernel_us=4.0,  # stated: launch, first and last wave
+    intra_node_gb_s=300.0,  # datasheet: NVLink 3, 600 GB/s in both directions
+    intra_node_latency_us=5.0,  # stated: one step of NCCL's ring within a node
+    inter_node_gb_s=25.0,  # DGX A100's datasheet: 8 x HDR InfiniBand of 200 Gb/s a node
+    inter_node_latency_us=15.0,  # stated: one step of NCCL's ring between nodes
+    network_fraction=0.80,  # stated: NCCL's bus bandwidth over the datasheet's
+    all_to_all_fraction=0.65,  # stated: the same for all-to-all, whose messages are smaller
+)
