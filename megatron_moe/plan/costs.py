@@ -36,13 +36,11 @@ _UNCOUNTED = (
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of the model, its vocabulary as given."""
+    """Parameters of the model, its vocabulary as given, without multi-token-prediction layers: all, and what a
+    token passes (k of e experts)."""
 
     total: int
     active: int
-    """What a token passes: k of e experts."""
-    mtp: int = 0
-    """Those of the multi-token-prediction layers, not among the others: they are there in training only."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,12 @@ class StageCosts:
 def count_parameters(experiment: Experiment) -> Parameters:
     """Parameters of the model. Raises InputError where `model.megatron_core` makes weights unknown here."""
     weights = _model(experiment)
-    mtp = weights_of(experiment, "mtp", _vocab_size(experiment))
-    return Parameters(
-        total=sum(w.total for w in weights),
-        active=sum(w.active for w in weights),
-        mtp=sum(w.total for w in mtp),
-    )
+    return Parameters(total=sum(w.total for w in weights), active=sum(w.active for w in weights))
+
+
+def count_mtp_parameters(experiment: Experiment) -> int:
+    """Those of the multi-token-prediction layers, which published sizes leave out: they serve training."""
+    return sum(w.total for w in weights_of(experiment, "mtp", _vocab_size(experiment)))
 
 
 def flops_per_token(experiment: Experiment) -> float:
