@@ -36,7 +36,7 @@ _UNCOUNTED = (
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of the model, its vocabulary as given, without multi-token-prediction layers: all, and what a
+    """Parameters of the model without multi-token-prediction layers, its vocabulary as given: all, and what a
     token passes (k of e experts)."""
 
     total: int
