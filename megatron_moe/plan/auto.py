@@ -16,7 +16,7 @@ from megatron_moe.plan.assembly import assemble
 from megatron_moe.plan.batch_ramp import num_microbatches
 from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.layout import Layout
-from megatron_moe.plan.profile import profile_of
+from megatron_moe.plan.profile import Profile, profile_of
 from megatron_moe.plan.stages import mtp_stage
 
 _LAYERS, _COUNTS = "pipeline.layers_per_stage", "recompute.layers_per_stage"
@@ -38,11 +38,15 @@ def resolve(loaded: Loaded) -> Loaded:
     planned = [_LAYERS] * layers_are_placed(experiment)
     planned += [_COUNTS, "recompute.granularity"] * (experiment.recompute.layers_per_stage == AUTO)
     provenance = {**loaded.provenance, **dict.fromkeys(planned, Origin("planned"))}
-    return replace(loaded, experiment=placed(experiment), provenance=provenance)
+    changed = placed(experiment, profile_of(experiment))
+    return replace(loaded, experiment=changed, provenance=provenance)
 
 
-def placed(experiment: Experiment) -> Experiment:
+def placed(experiment: Experiment, measured: Profile | None) -> Experiment:
     """A filled experiment with lists in the places of `auto`; itself where there is none.
+
+    Args:
+        measured: what takes the place of the models' times and bytes.
 
     Raises InputError where no placement fits the memory, or what is fixed does not go with what was found.
     """
@@ -52,7 +56,7 @@ def placed(experiment: Experiment) -> Experiment:
     recompute = experiment.recompute
     counts = recompute.layers_per_stage
     found = placement.place(
-        assemble(experiment, layout, cluster, profile_of(experiment)),
+        assemble(experiment, layout, cluster, measured),
         pipeline_size=layout.pipeline_model_parallel_size,
         chunks=layout.virtual_pipeline_model_parallel_size,
         num_microbatches=num_microbatches(experiment),

@@ -54,11 +54,11 @@ def foretell(
     name = "interleaved" if layout.virtual_pipeline_model_parallel_size > 1 else "1f1b"
     timeline = simulate(name, stage_times(costs), pipeline_size, microbatches, units.transfer_s)
     of_rank = [costs[rank::pipeline_size] for rank in range(pipeline_size)]
-    ranks = tuple(
-        _rank(rank, of_rank[rank], timeline, cluster) for rank in range(pipeline_size)
-    )
+    ranks = tuple(_rank(rank, of_rank[rank], timeline, cluster) for rank in range(pipeline_size))
     after = [
-        timing.after_pipeline(experiment, layout, cluster, [stage for stage in stages if stage.pipeline_rank == rank])
+        timing.after_pipeline(
+            experiment, layout, cluster, [stage for stage in stages if stage.pipeline_rank == rank]
+        )
         for rank in range(pipeline_size)
     ]
     gradient_s, optimizer_s = max(after, key=sum)
@@ -69,7 +69,7 @@ def foretell(
     forecast = Forecast(
         ranks=ranks,
         pipeline_s=timeline.makespan_s,
-        bubble=sum(timeline.idle_s) / pipeline_size / timeline.makespan_s,
+        bubble=timeline.bubble,
         transfer_s=2 * (len(stages) - 1) * units.transfer_s,
         exposed_all_to_all_s=microbatches * max(sum(cost.exposed_s for cost in held) for held in of_rank),
         hidden_all_to_all_s=microbatches * max(sum(cost.hidden_s for cost in held) for held in of_rank),
@@ -91,12 +91,12 @@ def _rank(rank: int, held: Sequence[StageCost], timeline: Timeline, cluster: Clu
     static = [cost.memory for cost in held]
     return RankForecast(
         pipeline_rank=rank,
-        in_flight=timeline.in_flight[rank],
+        in_flight=timeline.peak_in_flight[rank],
         memory=MemoryForecast(
             weights=sum(part.weights for part in static),
             gradients=sum(part.gradients for part in static),
             optimizer=sum(part.optimizer for part in static),
-            activations=timeline.kept_bytes[rank],
+            activations=timeline.peak_kept_bytes[rank],
             working=max(cost.working_bytes for cost in held),
             reserved=cluster.reserved_bytes,
             limit=cluster.memory_bytes,
