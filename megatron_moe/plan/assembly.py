@@ -1,4 +1,4 @@
-"""The pieces of an experiment's model with what each costs on this layout: models and measurements together."""
+"""The pieces of an experiment's model, and what each costs on this layout: models and measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From stages and the costs of their pieces to the forecast: what fits, how long an iteration takes, and why."""
+"""From stages and the costs of their pieces to the forecast: what fits, and how long an iteration takes."""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ class _Estimate:
 def search(experiment: Experiment, gpus: int) -> Search:
     """The fastest layouts of a filled experiment on so many GPUs of `launch.cluster`.
 
-    Raises InputError where nothing fits, with what is missing, or where no layout of so many ranks is allowed.
+    Raises InputError where nothing fits, with what is missing, and where no layout of so many ranks is
+    allowed.
     """
     cluster = Cluster.of(experiment)
     memo: dict[Hashable, tuple[Units, float]] = {}
@@ -84,8 +85,8 @@ def search(experiment: Experiment, gpus: int) -> Search:
     ]
     if not estimates:
         raise InputError(
-            f"training.global_batch_size = {experiment.training.global_batch_size}: no layout of {gpus} ranks "
-            "divides it and the model's sizes; use another --gpus"
+            f"training.global_batch_size = {experiment.training.global_batch_size}: no layout of {gpus} "
+            "ranks divides it and the model's sizes; use another --gpus"
         )
     may_fit = sorted(
         (estimate for estimate in estimates if estimate.lacking_bytes <= 0),
@@ -178,6 +179,6 @@ def _nothing_fits(nearest: _Estimate, gpus: int, cluster: Cluster) -> str:
     assert cluster.usable_bytes is not None
     return (
         f"launch.cluster.memory_gib = {cluster.memory_bytes / 2**30:g}: no layout of {gpus} GPUs fits; the "
-        f"nearest, TP {c.tensor} PP {c.pipeline} CP {c.context} EP {c.expert} with whole layers computed again, "
+        f"nearest, TP {c.tensor} PP {c.pipeline} CP {c.context} EP {c.expert}, all layers computed again, "
         f"needs {nearest.lacking_bytes / 2**30:.1f} GiB more on each; use more GPUs, or larger ones"
     )
