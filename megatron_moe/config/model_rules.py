@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_moe.config.attention_rules import LATENT
 from megatron_moe.config.defaults import divisors_of, nearest_multiples
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.origin import Problem
@@ -21,6 +22,8 @@ def query_groups_over_tp(e: Experiment) -> Problems:
     groups, tp = set_value(e.model.num_query_groups), e.parallel.tensor_model_parallel_size
     if groups == e.model.num_attention_heads:  # heads_over_tp says it already
         return
+    if e.model.multi_latent_attention is not None:  # attention_rules.keys_of_latent_attention does
+        return
     key = "model.num_query_groups"
     if groups % tp and tp % groups:
         advice = f"use {nearest_multiples(groups, tp)}, or tensor_model_parallel_size {divisors_of(groups)}"
@@ -34,6 +37,8 @@ def query_groups_over_tp(e: Experiment) -> Problems:
 def heads_over_query_groups(e: Experiment) -> Problems:
     """Each key and value head serves the same number of query heads."""
     groups = set_value(e.model.num_query_groups)
+    if e.model.multi_latent_attention is not None:  # attention_rules.keys_of_latent_attention says it
+        return
     yield from divides(
         "model.num_attention_heads", e.model.num_attention_heads, "model.num_query_groups", groups
     )
@@ -41,6 +46,11 @@ def heads_over_query_groups(e: Experiment) -> Problems:
 
 def rope_needs_even_width(e: Experiment) -> Problems:
     """Rotary positions turn pairs of channels."""
+    if (latent := e.model.multi_latent_attention) is not None:
+        if (rotated := latent.qk_pos_emb_head_dim) % 2:
+            key = f"{LATENT}.qk_pos_emb_head_dim"
+            yield Problem((key,), "is rotated in pairs, and odd", f"use {nearest_multiples(rotated, 2)}")
+        return
     width = int(set_value(e.model.kv_channels) * e.model.rotary_percent)
     if e.model.position_embedding_type == "rope" and (width % 2 or width == 0):
         keys = ("model.kv_channels", "model.rotary_percent")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe.config import (
+    attention_rules,
     capacity_rules,
     cluster_rules,
     data_rules,
@@ -40,6 +41,8 @@ RULES: list[Rule] = [
     model_rules.heads_over_query_groups,
     model_rules.query_groups_over_tp,
     model_rules.rope_needs_even_width,
+    attention_rules.keys_of_latent_attention,
+    attention_rules.latent_attention_can_be_built,
     model_rules.ffn_over_tp,
     model_rules.padded_vocab_over_tp,
     model_rules.positions_reach_sequence,

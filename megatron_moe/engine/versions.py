@@ -32,6 +32,20 @@ def repair_missing_transformer_engine() -> None:
         moe_utils.te_general_gemm = None
 
 
+def accept_as_linear(kind: type) -> None:
+    """Let multi-latent attention build its narrow projections from `kind`.
+
+    Megatron-Core builds them of a few classes only, which it compares by identity (0.16.1, 0.19.2). One of
+    these is that of a library for quantized models, whose place it takes. And where Transformer Engine is
+    missing, 0.16.1 asks whether a layer is an instance of a mock.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.Linear = kind
+    if not isinstance(multi_latent_attention.TELinear, type):
+        multi_latent_attention.TELinear = kind
+
+
 def write_checkpoints_in_process() -> None:
     """Let the rank itself write its checkpoint files.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.engine.versions import moe_submodules
+from megatron_moe.engine.versions import accept_as_linear, moe_submodules
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.norms import Norm
 from megatron_moe.plan.journeys import choice
@@ -42,19 +42,39 @@ def native_layer_spec(config: Any, num_experts: int | None) -> Any:
         normalization=config.normalization,
         qk_layernorm=config.qk_layernorm,
         qk_l2_norm=config.qk_l2_norm,
+        multi_latent_attention=config.multi_latent_attention,
     )
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = Norm
-    # In the checkpoint norms are named as Transformer Engine's spec names them, fused into the linear layer
-    # behind them.
-    parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if num_experts is None:
-        parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     attention = parts.self_attention.submodules
     attention.core_attention = CoreAttention
-    if config.qk_layernorm and not config.qk_l2_norm:
-        attention.q_layernorm = attention.k_layernorm = Norm
+    # In the checkpoint norms are named as Transformer Engine's spec names them, fused into the linear layer
+    # behind them.
+    if config.multi_latent_attention:
+        names = _make_latent(parts.self_attention, has_query_norm=config.q_lora_rank is not None)
+    else:
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        if config.qk_layernorm and not config.qk_l2_norm:
+            attention.q_layernorm = attention.k_layernorm = Norm
+    if num_experts is None:
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    parts.sharded_state_dict_keys_map = names
     return spec
+
+
+def _make_latent(attention: Any, has_query_norm: bool) -> dict[str, str]:
+    """Put our parts into the spec of multi-latent attention; the names of its norms in a checkpoint."""
+    from megatron_moe.model.latent_attention import DownProjection, LatentAttention
+
+    accept_as_linear(DownProjection)
+    attention.module = LatentAttention
+    parts = attention.submodules
+    parts.linear_q_down_proj = parts.linear_kv_down_proj = DownProjection
+    parts.q_layernorm, parts.kv_layernorm = (Norm if has_query_norm else None), Norm
+    return {
+        f"self_attention.{part}_layernorm.": f"self_attention.linear_{part}_up_proj.layer_norm_"
+        for part in ("q", "kv")
+    }
 
 
 def transformer_engine_layer_spec(config: Any, num_experts: int | None) -> Any:
@@ -67,6 +87,7 @@ def transformer_engine_layer_spec(config: Any, num_experts: int | None) -> Any:
         moe_grouped_gemm=num_experts is not None,
         qk_layernorm=config.qk_layernorm,
         qk_l2_norm=config.qk_l2_norm,
+        multi_latent_attention=config.multi_latent_attention,
     )
 
 

@@ -27,7 +27,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
     Pipeline ranks may recompute different numbers of layers, so that each has a config of its own. Raises
     InputError where Megatron-Core refuses what `model.megatron_core` adds, or the installed kernels.
     """
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     moe = experiment.moe
     if moe is not None and moe.overlap_moe_expert_parallel_comm and dtype == torch.float32:
@@ -35,6 +35,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         raise InputError(f"{keys} ({experiment.training.precision}) is fp32 on this machine: set it to bf16")
     fields = (
         _model_fields(experiment, dtype)
+        | _latent_attention_fields(experiment)
         | _moe_fields(experiment)
         | _parallel_fields(experiment, plan)
         | _recompute_fields(experiment, plan, pipeline_rank)
@@ -42,8 +43,9 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
     )
     further = experiment.model.megatron_core
     has_biases = further.get(BIASES, False)
+    kind = TransformerConfig if experiment.model.multi_latent_attention is None else MLATransformerConfig
     try:
-        config = TransformerConfig(**fields, **further | {BIASES: False})
+        config = kind(**fields, **further | {BIASES: False})
     except (AssertionError, TypeError, ValueError) as error:
         named = [need.key for need in needs_of(experiment)]
         if further:
@@ -93,6 +95,36 @@ def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
+    }
+
+
+def _latent_attention_fields(experiment: Experiment) -> dict[str, Any]:
+    model, latent = experiment.model, experiment.model.multi_latent_attention
+    if latent is None:
+        return {}
+    fields: dict[str, Any] = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_pos_emb_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        # The norms behind the narrow projections.
+        "qk_layernorm": True,
+        "rotary_base": model.rotary_base,
+        "rope_type": "rope",
+        # The softmax scale follows from it also where positions are not stretched.
+        "mscale_all_dim": 0.0,
+    }
+    if (yarn := latent.yarn) is None:
+        return fields
+    return fields | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": yarn.rotary_scaling_factor,
+        "original_max_position_embeddings": yarn.original_max_position_embeddings,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
     }
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from megatron_moe.config.schema.section import (
     Fraction,
     LayerCount,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -16,9 +17,27 @@ from megatron_moe.config.schema.section import (
 )
 
 
+class Yarn(Section):
+    """Rotary positions stretched to longer sequences than the model was first trained on (YaRN, Peng et al.
+    2023), as DeepSeek-V2 and V3 compute them."""
+
+    rotary_scaling_factor: Annotated[float, Field(ge=1)] = 40.0
+    """How many times longer sequences may be than original_max_position_embeddings."""
+    original_max_position_embeddings: PositiveInt = 4096
+    """Longest sequence before the stretching."""
+    beta_fast: PositiveFloat = 32.0
+    """Frequencies that turn more often than this within the original length stay as they are."""
+    beta_slow: PositiveFloat = 1.0
+    """Frequencies that turn less often than this are slowed down by the whole factor."""
+    mscale: NonNegativeFloat = 1.0
+    """Rotated parts are multiplied by (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1)."""
+    mscale_all_dim: NonNegativeFloat = 0.0
+    """The softmax scale is multiplied by (0.1 mscale_all_dim ln factor + 1)^2."""
+
+
 class MultiLatentAttention(Section):
     """Multi-head latent attention (DeepSeek-V2): keys and values, and if wanted queries, pass through a
-    narrow projection, and positions reach a part of each head of their own."""
+    narrow projection with a norm behind it, and positions reach a part of each head of their own."""
 
     q_lora_rank: PositiveInt | None = None
     """Width of the narrow projection of queries. Default: queries are projected at once."""
@@ -30,6 +49,8 @@ class MultiLatentAttention(Section):
     """Part of each query and key head that is rotated; keys share one among all heads."""
     v_head_dim: PositiveInt = 128
     """Width of a value head."""
+    yarn: Yarn | None = None
+    """Stretched rotary positions. Default: plain ones."""
 
 
 class Model(Section):
@@ -44,7 +65,8 @@ class Model(Section):
     num_query_groups: PositiveInt | None = None
     """Key and value heads (grouped-query attention). Default: num_attention_heads."""
     kv_channels: PositiveInt | None = None
-    """Width of one attention head. Default: hidden_size / num_attention_heads."""
+    """Width of one attention head. Default: hidden_size / num_attention_heads; under multi_latent_attention
+    that of its query heads, qk_head_dim + qk_pos_emb_head_dim."""
     ffn_hidden_size: PositiveInt | None = None
     """Inner width of a dense feed-forward layer. Default: 4 x hidden_size."""
     vocab_size: PositiveInt | None = None
