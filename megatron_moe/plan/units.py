@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["embedding", "dense", "moe", "mtp", "head"]
-"""`mtp`: all multi-token-prediction layers with their losses; `head`: final norm, output layer and loss."""
+"""`mtp`: all multi-token-prediction layers; `head`: final norm, output layer and loss, theirs too, which
+Megatron-Core computes there wherever these layers are."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Units:
         head: behind the last layer of the last stage.
         shared_embedding: what the last stage holds of the embedding beside its own pieces where it is tied to
             the output layer and PP is above 1.
+        mtp_embedding: what the stage with the multi-token-prediction layers holds of the embedding where it is
+            not the first; on a stage for which both hold, it stands for the former, too.
         transfer_s: sending one microbatch's activations, or their gradients, to the next stage.
         transfer_bytes: what is sent.
         source: where the times come from, for the user to read.
@@ -97,3 +100,4 @@ class Units:
     transfer_s: float
     transfer_bytes: float
     source: str
+    mtp_embedding: StaticBytes = StaticBytes(0, 0, 0)
