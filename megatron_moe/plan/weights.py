@@ -143,8 +143,7 @@ def _latent_attention(experiment: Experiment, latent: MultiLatentAttention) -> l
     model = experiment.model
     width, heads = model.hidden_size, model.num_attention_heads
     query_width = heads * (latent.qk_head_dim + latent.qk_pos_emb_head_dim)
-    # Transformer Engine's spec has a copy of what leads down on every tensor-parallel rank.
-    down: Split = "tensor" if model.spec == "native" else "no"
+    down: Split = "no"  # each tensor-parallel rank holds what leads down whole (`model.latent_attention`)
     if latent.q_lora_rank is None:
         weights = [_matrix(width * query_width)]
     else:
