@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from attention_rule_cases import ATTENTION_CASES
 from capacity_rule_cases import CAPACITY_CASES
 from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
@@ -364,6 +365,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "model.megatron_core.fp8_margin",
         "needs Transformer Engine",
     ),
+    *ATTENTION_CASES,
     *CAPACITY_CASES,
     *DATA_CASES,
     *OPTIMIZER_CASES,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import capacity_cases
+import deepseek_cases
 import dispatch_cases
 import gate_cases
 import loss_cases
@@ -38,6 +39,7 @@ def stages(text: str) -> Sections:
 
 LAYOUTS: dict[str, Sections] = {
     **capacity_cases.CAPACITY_LAYOUTS,
+    **deepseek_cases.DEEPSEEK_LAYOUTS,
     **dispatch_cases.DISPATCH_LAYOUTS,
     **gate_cases.GATE_LAYOUTS,
     **loss_cases.LOSS_LAYOUTS,
@@ -132,6 +134,7 @@ LAYOUTS: dict[str, Sections] = {
 
 SECOND_PAIR = (
     *capacity_cases.SECOND_PAIR,
+    *deepseek_cases.SECOND_PAIR,
     *dispatch_cases.SECOND_PAIR,
     *overlap_cases.SECOND_PAIR,
     *gate_cases.SECOND_PAIR,
