@@ -57,9 +57,14 @@ def foretell(
     ranks = tuple(_rank(rank, of_rank[rank], timeline, cluster) for rank in range(pipeline_size))
     after = [
         timing.after_pipeline(
-            experiment, layout, cluster, [stage for stage in stages if stage.pipeline_rank == rank]
+            experiment,
+            layout,
+            cluster,
+            [stage for stage in stages if stage.pipeline_rank == rank.pipeline_rank],
+            rank.forward_s,
+            rank.backward_s,
         )
-        for rank in range(pipeline_size)
+        for rank in ranks
     ]
     gradient_s, optimizer_s = max(after, key=sum)
     iteration_s = timeline.makespan_s + gradient_s + optimizer_s
