@@ -7,9 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan import costs, journeys
+from megatron_moe.plan.assembly import assemble
+from megatron_moe.plan.batch_ramp import num_microbatches
+from megatron_moe.plan.cluster import Cluster
+from megatron_moe.plan.forecast import Forecast
+from megatron_moe.plan.forecasting import foretell
 from megatron_moe.plan.layout import GROUP_KINDS, Layout
+from megatron_moe.plan.profile import profile_of
 from megatron_moe.plan.stages import Stage, stages_of
 
 
@@ -27,6 +35,9 @@ class Plan:
     """One entry a stage."""
     parameters: costs.Parameters
     flops_per_token: float
+    num_microbatches: int
+    """Of a replica in a step with the whole global batch."""
+    forecast: Forecast
 
     def stages_on(self, rank: int) -> tuple[Stage, ...]:
         """The stages that a rank holds, by model chunk."""
@@ -54,6 +65,8 @@ class Plan:
             "stages": [asdict(stage) | asdict(cost) for stage, cost in stages],
             "groups": {kind: self.layout.groups(kind) for kind in GROUP_KINDS},
             "experts_of_rank": experts,
+            "num_microbatches": self.num_microbatches,
+            "forecast": asdict(self.forecast),
         }
         return _readable(record)
 
@@ -71,12 +84,15 @@ class Plan:
             ),
             parameters=costs.Parameters(**_fields_of(costs.Parameters, record["parameters"])),
             flops_per_token=record["flops_per_token"],
+            num_microbatches=record["num_microbatches"],
+            forecast=TypeAdapter(Forecast).validate_python(record["forecast"]),
         )
 
 
 def make(experiment: Experiment) -> Plan:
-    """The plan of a filled experiment. Raises InputError where a kind of model cannot be planned."""
-    layout = Layout.of(experiment)
+    """The plan of a filled experiment. Raises InputError where a profile is of another model or device."""
+    layout, cluster = Layout.of(experiment), Cluster.of(experiment)
+    units = assemble(experiment, layout, cluster, profile_of(experiment))
     stages = stages_of(experiment)
     return Plan(
         layout=layout,
@@ -86,6 +102,8 @@ def make(experiment: Experiment) -> Plan:
         stage_costs=tuple(costs.stage_costs(experiment, layout, stage) for stage in stages),
         parameters=costs.count_parameters(experiment),
         flops_per_token=costs.flops_per_token(experiment),
+        num_microbatches=num_microbatches(experiment),
+        forecast=foretell(experiment, layout, stages, units, cluster),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_moe.config.defaults import fill
 from megatron_moe.config.schema import Experiment
 
 
@@ -35,6 +36,4 @@ def filled(**sections: dict[str, Any] | None) -> Experiment:
     }
     for section, keys in sections.items():
         document[section] = None if keys is None else {**(document.get(section) or {}), **keys}
-    if document["moe"] is not None:
-        document["moe"].setdefault("moe_expert_activation", document["model"].get("activation", "swiglu"))
-    return Experiment.model_validate(document)
+    return fill(Experiment.model_validate(document))
