@@ -6,8 +6,8 @@ from megatron_moe.config.clusters.preset import Preset
 
 PRESET = Preset(
     gpus_per_node=8,  # usual servers
-    memory_gib=23.5,  # 24 GB GDDR6X; what the driver leaves
-    reserved_gib=1.5,  # stated: CUDA context, NCCL's buffers, fragmentation
+    memory_gib=24.0,  # Ada's whitepaper
+    reserved_gib=2.0,  # stated: what the driver takes, CUDA context, NCCL's buffers, fragmentation
     peak_bf16_tflops=165.2,  # Ada's whitepaper, with FP32 accumulation
     peak_fp8_tflops=330.3,  # the same
     peak_fp32_tflops=82.6,  # the same
