@@ -113,12 +113,16 @@ def _mtp_layer(experiment: Experiment) -> list[Weights]:
 def _layer(experiment: Experiment, kind: Literal["dense", "moe"]) -> list[Weights]:
     model = experiment.model
     norms = [_norm(experiment, model.hidden_size) for _ in range(2)]
-    latent = model.multi_latent_attention
-    attention = _attention(experiment) if latent is None else _latent_attention(experiment, latent)
     if kind == "moe":
-        return norms + attention + _mixture(experiment)
+        return norms + attention_weights(experiment) + _mixture(experiment)
     assert model.ffn_hidden_size is not None
-    return norms + attention + _feed_forward(experiment, model.ffn_hidden_size)
+    return norms + attention_weights(experiment) + _feed_forward(experiment, model.ffn_hidden_size)
+
+
+def attention_weights(experiment: Experiment) -> list[Weights]:
+    """Those of `weights_of` a layer that are its attention's."""
+    latent = experiment.model.multi_latent_attention
+    return _attention(experiment) if latent is None else _latent_attention(experiment, latent)
 
 
 def _attention(experiment: Experiment) -> list[Weights]:
