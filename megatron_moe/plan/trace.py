@@ -6,9 +6,12 @@ process is a pipeline rank, its thread 0 what it computes, its thread 1 what it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from megatron_moe.plan.forecast import Forecast
+from megatron_moe.plan.schedules import Timeline
 
 Category = Literal["forward", "backward", "wait", "communication", "gradients", "optimizer"]
 Lane = Literal["computation", "communication"]
@@ -88,3 +91,83 @@ def _complete(event: Event) -> dict[str, Any]:
         "dur": 1e6 * event.duration_s,
         "args": dict(event.args),
     }
+
+
+def planned_events(
+    timeline: Timeline, forecast: Forecast, recompute_s: Sequence[float], transfer_s: float
+) -> list[Event]:
+    """A simulated iteration. What a rank computes and its waits fill the time from its start to its end.
+
+    Args:
+        recompute_s: of each stage, the part of its backward pass in which it computes again.
+        transfer_s: sending one microbatch to the next stage.
+    """
+    ranks = len(timeline.idle_s)
+    of_rank: list[list[Event]] = [[] for _ in range(ranks)]
+    for event in _passes(timeline, recompute_s):
+        of_rank[event.pipeline_rank].append(event)
+    events = []
+    for passes in of_rank:
+        events += passes
+        events += _waits(passes, timeline.makespan_s)
+        if ranks > 1 and transfer_s > 0:
+            events += _sends(passes, len(recompute_s), transfer_s)
+        events += _update(passes[0].pipeline_rank, timeline.makespan_s, forecast)
+    return events
+
+
+def _passes(timeline: Timeline, recompute_s: Sequence[float]) -> Iterator[Event]:
+    ranks = len(timeline.idle_s)
+    columns = (timeline.pipeline_ranks, timeline.stages, timeline.microbatches, timeline.kinds)
+    for rank, stage, microbatch, kind, start, end in zip(
+        *columns, timeline.starts_s, timeline.ends_s, strict=True
+    ):
+        args: dict[str, float] = {"chunk": stage // ranks, "stage": stage, "microbatch": microbatch}
+        if kind == "B" and recompute_s[stage]:
+            args["recompute_ms"] = 1e3 * recompute_s[stage]
+        category: Category = "forward" if kind == "F" else "backward"
+        yield Event(f"{kind}{microbatch}", category, rank, "computation", start, end - start, args)
+
+
+def _waits(passes: Sequence[Event], end_s: float) -> Iterator[Event]:
+    """The time between the passes of a rank, and before and behind them."""
+    rank, now = passes[0].pipeline_rank, 0.0
+    for start, end in [
+        *((event.start_s, event.start_s + event.duration_s) for event in passes),
+        (end_s, end_s),
+    ]:
+        # Less is rounding.
+        if start - now > 1e-9 * end_s:
+            yield Event("wait", "wait", rank, "computation", now, start - now)
+        now = end
+
+
+def _sends(passes: Sequence[Event], num_stages: int, transfer_s: float) -> Iterator[Event]:
+    """What goes to the next stage. Of two at the same time the later is shown from the other's end on."""
+    free_s = 0.0
+    for event in passes:
+        stage, is_forward = int(event.args["stage"]), event.name.startswith("F")
+        if event.name.startswith("W") or stage == (num_stages - 1 if is_forward else 0):
+            continue
+        end_s = event.start_s + event.duration_s
+        start_s, free_s = max(end_s, free_s), end_s + transfer_s
+        args = {"to_stage": stage + (1 if is_forward else -1)}
+        yield Event(
+            f"send {event.name}",
+            "communication",
+            event.pipeline_rank,
+            "communication",
+            start_s,
+            free_s - start_s,
+            args,
+        )
+
+
+def _update(rank: int, start_s: float, forecast: Forecast) -> Iterator[Event]:
+    """What ends an iteration: gradients are reduced and weights gathered, and the optimizer steps."""
+    if forecast.gradient_s > 0:
+        yield Event("wait", "wait", rank, "computation", start_s, forecast.gradient_s)
+        yield Event("reduce and gather", "gradients", rank, "communication", start_s, forecast.gradient_s)
+    if forecast.optimizer_s > 0:
+        start_s += forecast.gradient_s
+        yield Event("optimizer", "optimizer", rank, "computation", start_s, forecast.optimizer_s)
