@@ -59,6 +59,10 @@ def differences(
     """
     old, new = dict(leaves(saved)), dict(leaves(current))
     old.pop("model.megatron_core", None), new.pop("model.megatron_core", None)
+    for values in (old, new):
+        # The planner's machines: a run that moves is no other run, and need not be told of all their figures.
+        for key in [key for key in values if key.startswith("launch.cluster.")]:
+            del values[key]
     had_experts, has_experts = any(key.startswith("moe.") for key in old), current.moe is not None
     if had_experts != has_experts:
         # One line instead of one for each key.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from attention_rule_cases import ATTENTION_CASES
 from capacity_rule_cases import CAPACITY_CASES
+from cluster_rule_cases import CLUSTER_CASES
 from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from dispatch_rule_cases import DISPATCH_CASES
@@ -367,6 +368,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     ),
     *ATTENTION_CASES,
     *CAPACITY_CASES,
+    *CLUSTER_CASES,
     *DATA_CASES,
     *OPTIMIZER_CASES,
     *TOKENIZER_CASES,

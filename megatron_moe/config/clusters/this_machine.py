@@ -74,7 +74,7 @@ def _of_host(host: Host, ranks: int) -> Preset:
     cores = host.cores / ranks
     fp32 = cores * host.clock_ghz * _flops_a_cycle(host.flags, _FP32_FLOPS_A_CYCLE, 4) / 1000
     bf16 = cores * host.clock_ghz * _flops_a_cycle(host.flags, _BF16_FLOPS_A_CYCLE, 0) / 1000
-    memory_gib = None if host.memory_bytes is None else round(host.memory_bytes / 2**30 / ranks, 2)
+    memory_gib = None if host.memory_bytes is None else float(f"{host.memory_bytes / 2**30 / ranks:.4g}")
     bandwidth = min(_GB_S_A_CORE * host.cores, _GB_S_OF_A_HOST) / ranks
     return Preset(
         gpus_per_node=ranks,
