@@ -24,3 +24,21 @@ def wandb_names_are_names(e: Experiment) -> Problems:
     if (owner := e.logging.wandb.entity) is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", owner):
         text = "is no name for a user or a team: letters, digits, - _ . only"
         yield Problem(("logging.wandb.entity",), text, "leave it out to take the account's")
+
+
+def timeline_of_a_step(e: Experiment) -> Problems:
+    """The step is there, and its passes can be told apart."""
+    key, last, merged = (
+        "logging.timeline_iter",
+        "training.train_iters",
+        "moe.overlap_moe_expert_parallel_comm",
+    )
+    if e.logging.timeline_iter is None:
+        return
+    if e.logging.timeline_iter > e.training.train_iters:
+        yield Problem(
+            (key, last), f"is behind the last step, {last}", f"use at most {e.training.train_iters}"
+        )
+    if e.moe is not None and e.moe.overlap_moe_expert_parallel_comm:
+        text = f"does not go with {merged}, whose schedule does not say where a pass ends"
+        yield Problem((key, merged), text, "leave one of the two out")

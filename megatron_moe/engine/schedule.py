@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_moe.engine import overlap
 from megatron_moe.engine.segments import chunks_of_rank, segments
+from megatron_moe.engine.stopwatch import Stopwatch
 
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any]]]
 """(microbatches, model chunk) -> (output, loss function); Megatron-Core's contract."""
@@ -47,27 +49,55 @@ def run(
     forward_step: ForwardStep,
     shapes: Shapes,
     forward_only: bool = False,
+    stopwatch: Stopwatch | None = None,
 ) -> list[Any]:
     """Forward, and unless `forward_only` backward, over all microbatches of this replica.
 
     Args:
         batches: one iterator over the replica's microbatches for each chunk.
+        stopwatch: measures what the schedule does.
 
     Returns:
         What the loss function reported for each microbatch; empty except on the last stage.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_model_config
 
-    reports: list[Any] = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=batches if len(chunks) > 1 else batches[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=shapes.num_microbatches,
-        seq_length=shapes.seq_length,
-        micro_batch_size=shapes.micro_batch_size,
-        forward_only=forward_only,
-    )
+    measured: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if stopwatch is not None:
+        measured = stopwatch.attached(get_model_config(chunks[0]))
+    with measured:
+        reports: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=shapes.num_microbatches,
+            seq_length=shapes.seq_length,
+            micro_batch_size=shapes.micro_batch_size,
+            forward_only=forward_only,
+        )
     return reports
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One microbatch, forward or backward, through one of a rank's model chunks; all count from 0."""
+
+    kind: Literal["F", "B"]
+    microbatch: int
+    chunk: int
+
+
+def passes(num_microbatches: int, pipeline_size: int, chunks: int) -> list[Pass]:
+    """The passes of a rank: all forward ones in their order, then all backward ones in theirs."""
+    if chunks == 1:
+        order = [(microbatch, 0) for microbatch in range(num_microbatches)]
+    else:
+        from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+        order = get_schedule_table(num_microbatches, chunks, pipeline_size)
+    forward = [Pass("F", microbatch, chunk) for microbatch, chunk in order]
+    return forward + [Pass("B", microbatch, chunks - 1 - chunk) for microbatch, chunk in order]
 
 
 def zero_gradients(chunks: list[torch.nn.Module], optimizer: Any) -> None:

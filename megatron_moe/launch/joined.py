@@ -32,6 +32,8 @@ def train(config_path: Path, overrides: Sequence[str], identity: Identity) -> in
     """Train as one rank. Returns the exit code; an InputError is raised in one rank, the others return 2."""
     exit_on_sigterm()
     os.environ.update(identity.environment())
+    # What the libraries' C++ parts write goes past Python; torch looks at this when it is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     noise = LibraryNoise()
     try:
         loaded = load(config_path, overrides, world_size=identity.world_size)

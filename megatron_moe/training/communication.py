@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.checkpoint import unwrap
+from megatron_moe.engine.stopwatch import Stopwatch
 from megatron_moe.model.moe.dispatch.hot_experts import HotExperts
 from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 
@@ -48,6 +49,13 @@ def end(chunks: list[torch.nn.Module], device: torch.device) -> dict[str, float]
         "moe/communication_ms": 1000 * under_way / ranks,
         "moe/exposed_communication_ms": 1000 * waited / ranks,
     }
+
+
+def waits(chunks: list[torch.nn.Module], stopwatch: Stopwatch) -> list[tuple[float, float]]:
+    """When this rank waited for tokens since `begin`: begins and ends, in the stopwatch's seconds."""
+    since_start = stopwatch.since_start
+    moments = [moment for times in _of_layers(chunks) for moment in times.waits()]
+    return sorted((since_start(begin), since_start(end)) for begin, end in moments)
 
 
 def copied_experts(chunks: list[torch.nn.Module], device: torch.device) -> dict[str, float]:

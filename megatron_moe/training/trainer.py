@@ -28,6 +28,7 @@ from megatron_moe.training.balance_metrics import balance_metrics
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
 from megatron_moe.training.metrics import drops_of_evaluation, moe_metrics, reduce_step
+from megatron_moe.training.step_meter import StepMeter
 
 if TYPE_CHECKING:
     from megatron_moe.data.pretraining import Datasets
@@ -61,6 +62,7 @@ class Trainer:
     stop_requested: bool = False
     stopped: bool = field(default=False, init=False)
     last_record: Record = field(default_factory=dict, init=False)
+    step_meter: StepMeter | None = field(default=None, init=False)
 
     def fit(self) -> None:
         """Train until `training.train_iters` steps are done, or a signal asks to stop."""
@@ -81,26 +83,26 @@ class Trainer:
 
     def step(self, batches: Iterator[Batch]) -> Record:
         """One optimizer step over the next global batch; its record."""
-        started = time.perf_counter()
-        training = self.experiment.training
-        sequences = global_batch_size(training, self.consumed_samples)
-        shapes = self.shapes(sequences)
-        detailed = (self.iteration + 1) % self.experiment.logging.detail_interval == 0
-        measured = detailed and communication.is_measured(self.experiment)
-        if measured:
-            communication.begin(self.chunks)
-        schedule.zero_gradients(self.chunks, self.optimizer)
-        # Iteration i trains at the schedule's i-th rate: the first is not zero, the last is min_lr.
-        self.scheduler.num_steps = self.iteration
-        self.scheduler.step(1)
-        reports = schedule.run(self.chunks, self.iterators(batches, shapes), forward_step, shapes)
-        # Before the update: there must be none where a router got numbers that are not finite.
-        sums = reduce_step(
-            self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
-        )
-        updated, grad_norm = schedule.update(self.optimizer, self.chunks)
-        if updated and sums.moe is not None:
-            router_updates.end_iteration(self.experiment, self.chunks, sums.moe)
+        self.step_meter = self.step_meter or StepMeter(self)
+        with self.step_meter.step() as stopwatch:
+            started = time.perf_counter()
+            training = self.experiment.training
+            sequences = global_batch_size(training, self.consumed_samples)
+            shapes = self.shapes(sequences)
+            schedule.zero_gradients(self.chunks, self.optimizer)
+            # Iteration i trains at the schedule's i-th rate: the first is not zero, the last is min_lr.
+            self.scheduler.num_steps = self.iteration
+            self.scheduler.step(1)
+            iterators = self.iterators(batches, shapes)
+            reports = schedule.run(self.chunks, iterators, forward_step, shapes, stopwatch=stopwatch)
+            # Before the update: there must be none where a router got numbers that are not finite.
+            sums = reduce_step(
+                self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
+            )
+            with self.step_meter.update():
+                updated, grad_norm = schedule.update(self.optimizer, self.chunks)
+            if updated and sums.moe is not None:
+                router_updates.end_iteration(self.experiment, self.chunks, sums.moe)
         self.stopped = sums.stop_requested
         self.iteration += 1
         self.consumed_samples += sequences
@@ -127,14 +129,13 @@ class Trainer:
         if not updated:
             record["skipped"] = "the gradient norm is not finite"
         if sums.moe is not None and sums.balance is not None:
+            detailed = self.iteration % self.experiment.logging.detail_interval == 0
             record |= moe_metrics(sums.moe, self.experiment, detailed)
             microbatches = sums.moe.column("microbatches")
             record |= balance_metrics(sums.balance, microbatches, self.experiment, detailed)
         if communication.copies_experts(self.experiment):
             record |= communication.copied_experts(self.chunks, self.device.torch_device)
-        if measured:
-            record |= communication.end(self.chunks, self.device.torch_device)
-        return record
+        return record | self.step_meter.take(shapes.num_microbatches)
 
     def evaluate(self, dataset: Samples, iterations: int) -> Record:
         """`eval/loss`, the mean loss a target token over the first `iterations` global batches of `dataset`,

@@ -65,6 +65,10 @@ class TransferTimes:
         measured, self._measured = self._measured, []
         return _length_of_union(one.under_way() for one in measured), sum(one.waited() for one in measured)
 
+    def waits(self) -> list[tuple[Any, Any]]:
+        """Begin and end of each wait since the last `take`: on a host by `time.perf_counter`, else events."""
+        return [(one.wait_began, one.wait_ended) for one in self._measured]
+
     @cached_property
     def _clock(self) -> _DeviceClock:
         return _DeviceClock()
@@ -72,6 +76,9 @@ class TransferTimes:
 
 class _Measured(Protocol):
     """The times of one transfer, from its making on; in seconds."""
+
+    wait_began: Any
+    wait_ended: Any
 
     def launched(self, work: Any) -> None: ...
 
