@@ -115,6 +115,7 @@ RULES: list[Rule] = [
     optimizer_rules.ramp_reaches_batch,
     layout_rules.batch_over_replicas,
     sink_rules.wandb_names_are_names,
+    sink_rules.timeline_of_a_step,
     cluster_rules.memory_is_left,
     cluster_rules.units_for_fp8,
     optimizer_rules.ramp_over_replicas,
