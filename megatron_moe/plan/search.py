@@ -9,6 +9,7 @@ best iteration found.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from megatron_moe.plan.forecasting import foretell
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.search_space import Candidate, candidates, with_candidate
 from megatron_moe.plan.stages import stages_of
-from megatron_moe.plan.units import Unit, Units
+from megatron_moe.plan.units import Unit, Units, pieces_of
 
 SHOWN = 10
 _PLACED_AT_MOST = 120
@@ -108,10 +109,9 @@ def _estimate(
     # Neither depends on how many chunks the stages are cut into, and DP settles PP.
     key = replace(candidate, chunks=1, recompute="modules" if candidate.recompute == "modules" else "none")
     if key not in memo:
-        units = assemble(changed, layout, cluster, None)
-        memo[key] = units, sum(timing.after_pipeline(changed, layout, cluster, range(0)))
+        memo[key] = _spread(changed, layout, cluster)
     units, after_s = memo[key]
-    pieces = [units.embedding, *units.layers, *([units.mtp] if units.mtp else []), units.head]
+    pieces = pieces_of(units)
     stages, microbatches = candidate.pipeline, num_microbatches(changed)
     in_flight = _mean_in_flight(stages, candidate.chunks, microbatches)
     static = sum(piece.memory.total for piece in pieces) / stages
@@ -128,6 +128,18 @@ def _estimate(
     return _Estimate(microbatches * busy / stages + filling + after_s, lacking, candidate)
 
 
+def _spread(experiment: Experiment, layout: Layout, cluster: Cluster) -> tuple[Units, float]:
+    """The pieces, and seconds of gradients and update where each stage holds its part of them."""
+    units = assemble(experiment, layout, cluster, None)
+    pieces = pieces_of(units)
+    stages = layout.pipeline_model_parallel_size
+    held = {kind: count / stages for kind, count in Counter(piece.kind for piece in pieces).items()}
+    forward_s, backward_s = (
+        sum(getattr(piece.times, name) for piece in pieces) / stages for name in ("forward_s", "backward_s")
+    )
+    return units, sum(timing.after_pieces(experiment, layout, cluster, held, forward_s, backward_s))
+
+
 def _kept(pieces: list[Unit], again: bool) -> float:
     """Bytes of one microbatch kept on all stages together, layers computed again or not."""
     return sum(
@@ -139,23 +151,33 @@ def _kept(pieces: list[Unit], again: bool) -> float:
 
 
 def _mean_in_flight(stages: int, chunks: int, microbatches: int) -> float:
-    """Microbatches whose activations a rank keeps, the mean over ranks."""
-    return sum(min(stages - rank, microbatches) for rank in range(stages)) / stages
+    """Microbatches whose activations a rank keeps, the mean over ranks; a chunk's are a part of one."""
+    if chunks == 1:
+        return sum(min(stages - rank, microbatches) for rank in range(stages)) / stages
+    passes = (2 * (stages - rank - 1) + (chunks - 1) * stages + 1 for rank in range(stages))
+    return sum(min(count / chunks, microbatches) for count in passes) / stages
 
 
 def _place_best(experiment: Experiment, ordered: list[_Estimate]) -> tuple[list[Found], int]:
     """Those that fit, the fastest first, and how many were placed."""
-    found: list[Found] = []
+    found: dict[Hashable, Found] = {}
     tried = 0
     for estimate in ordered:
-        tenth = found[SHOWN - 1].forecast.iteration_s if len(found) >= SHOWN else math.inf
+        seconds = sorted(one.forecast.iteration_s for one in found.values())
+        tenth = seconds[SHOWN - 1] if len(found) >= SHOWN else math.inf
         if tried == _PLACED_AT_MOST or estimate.seconds > tenth * _SLACK:
             break
+        # Of those that are alike but for chunks and recomputation the best one is shown.
+        key = replace(estimate.candidate, chunks=1, recompute="")
+        if key in found and found[key].forecast.iteration_s <= estimate.seconds:
+            continue
         tried += 1
-        if (one := _placed(experiment, estimate.candidate)) is not None:
-            found.append(one)
-            found.sort(key=lambda one: one.forecast.iteration_s)
-    return found, tried
+        one = _placed(experiment, estimate.candidate)
+        if one is not None and (
+            key not in found or one.forecast.iteration_s < found[key].forecast.iteration_s
+        ):
+            found[key] = one
+    return sorted(found.values(), key=lambda one: one.forecast.iteration_s), tried
 
 
 def _placed(experiment: Experiment, candidate: Candidate) -> Found | None:
