@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from megatron_moe.plan.journeys import Journey
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.plan import Plan
+from megatron_moe.plan.tables import print_table
 from megatron_moe.plan.wording import count, size
 
 
@@ -43,25 +42,17 @@ def print_journeys(console: Console, plan: Plan) -> None:
     dispatch = plan.dispatch
     if dispatch is None or not dispatch.journeys:
         return
-    columns = dict(_COLUMNS)
+    titles = dict(_COLUMNS)
     if dispatch.journeys[0].bytes_between_nodes is None:
-        del columns["between nodes"]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for title in (*columns, ""):
-        table.add_column(title, justify="left" if title in ("dispatcher", "") else "right", no_wrap=True)
-    for journey in dispatch.journeys:
-        is_taken = "taken" if journey.dispatcher == dispatch.dispatcher else ""
-        table.add_row(*(cell(journey) for cell in columns.values()), is_taken)
-    console.print("[bold]What a token's way to its experts and back costs[/] in one MoE layer")
-    console.print(table)
+        del titles["between nodes"]
+    columns = {title: [cell(journey) for journey in dispatch.journeys] for title, cell in titles.items()}
+    columns[""] = ["taken" if way.dispatcher == dispatch.dispatcher else "" for way in dispatch.journeys]
     precision = {2: "bf16", 4: "fp32"}[dispatch.element_size]
     console.print(
-        f"Sent by its rank to others, forward, in {precision}; the mean over even routing. Backward the same "
-        "again. A row is a copy of the token, hidden_size elements; gate weights and expert numbers are in "
-        "the bytes."
+        f"[bold]What a token's way to its experts and back costs[/] in an MoE layer, forward, in {precision}"
     )
+    print_table(console, columns, left=["dispatcher", ""])
     if dispatch.dispatcher == "flex":
         console.print(
-            "The kernels of the dispatcher flex are not counted; they send about as `deduplicated`."
+            "The kernels of the dispatcher flex are not counted; they send about as `deduplicated`.\n"
         )
-    console.print()
