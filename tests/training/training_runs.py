@@ -19,11 +19,16 @@ TIMES = (
     "model_tflops_per_device",
     "moe/communication_ms",
     "moe/exposed_communication_ms",
+    "stage/forward_ms",
+    "stage/backward_ms",
+    "stage/idle_ms",
+    "stage/peak_memory_gib",
 )
+"""What is measured, and so another number each time."""
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without what is measured with a clock."""
+    """The lines of metrics.jsonl, without what is measured."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
