@@ -100,9 +100,9 @@ class Units:
     transfer_s: float
     transfer_bytes: float
     source: str
+    mtp_embedding: StaticBytes = StaticBytes(0, 0, 0)
 
 
 def pieces_of(units: Units) -> list[Unit]:
     """All pieces, in the order in which a token passes them."""
     return [units.embedding, *units.layers, *([units.mtp] if units.mtp else []), units.head]
-    mtp_embedding: StaticBytes = StaticBytes(0, 0, 0)

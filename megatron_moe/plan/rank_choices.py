@@ -1,0 +1,116 @@
+"""What a pipeline rank costs with given layers, and as few recomputed ones as fit its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_moe.plan.schedules.in_flight import peaks
+from megatron_moe.plan.stage_units import StageCost, stage_cost
+from megatron_moe.plan.units import Units
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """One rank with its layers and its recompute count."""
+
+    recompute: int
+    """What Megatron-Core is told."""
+    costs: tuple[StageCost, ...]
+    """Of each chunk."""
+    missing_bytes: float
+    """What it needs beyond the memory; 0 where it fits."""
+
+
+class RankChoices:
+    """The costs of ranks under one layout; equal questions are answered once.
+
+    Args:
+        memory_bytes: for all that a rank holds; None: enough.
+        fixed_recompute: the recompute count of each rank; None: free.
+        method: `block` or `uniform`.
+        mtp_stage: the stage with the multi-token-prediction layers.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        *,
+        pipeline_size: int,
+        chunks: int,
+        num_microbatches: int,
+        memory_bytes: float | None,
+        fixed_recompute: Sequence[int] | None,
+        method: str,
+        mtp_stage: int | None,
+    ) -> None:
+        self.units = units
+        self.pipeline_size = pipeline_size
+        self.num_stages = pipeline_size * chunks
+        self.fixed_recompute = fixed_recompute
+        self._memory_bytes = memory_bytes
+        self._method = method
+        self._mtp_stage = self.num_stages - 1 if mtp_stage is None else mtp_stage
+        schedule = "1f1b" if chunks == 1 else "interleaved"
+        self._in_flight = [
+            peaks(schedule, rank, pipeline_size, chunks, num_microbatches) for rank in range(pipeline_size)
+        ]
+        known = list({id(layer): layer for layer in units.layers}.values())
+        self._kinds = bytes(known.index(layer) for layer in units.layers)
+        self._costs: dict[tuple[bytes, int, bool, bool, bool], StageCost] = {}
+        self._choices: dict[tuple[int, tuple[bytes, ...]], RankChoice] = {}
+
+    def choice(self, rank: int, held: Sequence[range]) -> RankChoice:
+        """The least recompute count with which the rank fits, else the one with which least is missing.
+
+        More recomputed layers make no pass faster, so the least count that fits is as good as any.
+
+        Args:
+            held: the layers of each chunk.
+        """
+        key = (rank, tuple(self._kinds[layers.start : layers.stop] for layers in held))
+        if key not in self._choices:
+            self._choices[key] = self._find(rank, held)
+        return self._choices[key]
+
+    def _find(self, rank: int, held: Sequence[range]) -> RankChoice:
+        if self.fixed_recompute is not None:
+            return self.with_count(rank, held, self.fixed_recompute[rank])
+        best = self.with_count(rank, held, 0)
+        for count in range(1, max(len(layers) for layers in held) + 1):
+            if not best.missing_bytes:
+                break
+            other = self.with_count(rank, held, count)
+            if other.missing_bytes < best.missing_bytes:
+                best = other
+        return best
+
+    def with_count(self, rank: int, held: Sequence[range], count: int) -> RankChoice:
+        """The rank with a given recompute count."""
+        costs = tuple(
+            self._cost(chunk * self.pipeline_size + rank, layers, count) for chunk, layers in enumerate(held)
+        )
+        if self._memory_bytes is None:
+            return RankChoice(count, costs, 0.0)
+        kept = max(
+            sum(number * cost.kept_bytes for number, cost in zip(moment, costs, strict=True))
+            for moment in self._in_flight[rank]
+        )
+        needed = sum(cost.memory.total for cost in costs) + kept + max(cost.working_bytes for cost in costs)
+        return RankChoice(count, costs, max(0.0, needed - self._memory_bytes))
+
+    def _cost(self, stage: int, layers: range, count: int) -> StageCost:
+        ends = (stage == 0, stage == self.num_stages - 1, stage == self._mtp_stage)
+        key = (self._kinds[layers.start : layers.stop], count, *ends)
+        if key not in self._costs:
+            is_first, is_last, has_mtp = ends
+            self._costs[key] = stage_cost(
+                self.units,
+                layers,
+                method=self._method,
+                count=count,
+                is_first=is_first,
+                is_last=is_last,
+                has_mtp=has_mtp,
+            )
+        return self._costs[key]
