@@ -134,8 +134,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "plan",
         _plan,
         "show which rank does what, before anything runs",
-        "Show how an experiment lies on its ranks: groups, pipeline stages, recomputed\n"
-        "layers, parameters. Needs no data, no tokenizer, no GPU and no torch.",
+        "Show how an experiment lies on its ranks, what fits into their memory, how fast\n"
+        "it will be, and what limits it. Needs no data, no tokenizer, no GPU and no torch.",
         f"{PROGRAM} plan configs/quickstart.yaml parallel.pipeline_model_parallel_size=2",
     )
     _add_config(parser)
@@ -143,6 +143,38 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--gpus", metavar="N", type=_positive_int, help="plan for this many ranks; data parallelism follows"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else")
+    _add_views(parser)
+    _add_inference(parser)
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--plot",
+        metavar="FILE",
+        type=Path,
+        help="draw the timeline of an iteration and the memory of each rank (.png, .svg or .pdf)",
+    )
+    add(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="write the iteration pass by pass, for ui.perfetto.dev or chrome://tracing",
+    )
+    add("--schedules", action="store_true", help="compare with other pipeline schedules")
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("serving, instead of training")
+    add = group.add_argument
+    add(
+        "--inference",
+        action="store_true",
+        help="show what serving the model takes: weights, KV cache, GPUs (--gpus; default: as few as do)",
+    )
+    add("--batch", metavar="B", type=_positive_int, help="sequences at once (default: 1)")
+    add("--context", metavar="S", type=_positive_int, help="tokens of each (default: training.seq_length)")
+    add("--dtype", choices=("bf16", "fp8"), help="of the weights (default: bf16)")
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -312,8 +344,9 @@ def _validate(args: argparse.Namespace) -> int:
     from megatron_moe.config.input_files import missing_files
     from megatron_moe.config.loading import load
     from megatron_moe.launch import preflight
+    from megatron_moe.plan.auto import resolve
 
-    loaded = load(args.config, args.overrides)
+    loaded = resolve(load(args.config, args.overrides))
     if missing := missing_files(loaded):
         raise ConfigError(*missing)
     if loaded.experiment.data.tokenizer.model is not None:
@@ -332,8 +365,36 @@ def _plan(args: argparse.Namespace) -> int:
     from megatron_moe.config.loading import load
     from megatron_moe.plan.command import run
 
-    run(load(args.config, args.overrides, world_size=args.gpus), args.gpus, args.json)
+    _refuse_mixed(args)
+    if args.inference:
+        return _plan_inference(args)
+    loaded = load(args.config, args.overrides, world_size=args.gpus)
+    run(loaded, args.gpus, args.json, plot=args.plot, trace=args.trace, schedules=args.schedules)
     return 0
+
+
+def _plan_inference(args: argparse.Namespace) -> int:
+    from megatron_moe.config.loading import load
+    from megatron_moe.plan.inference_table import run
+
+    loaded = load(args.config, args.overrides)
+    dtype = args.dtype or "bf16"
+    run(loaded, args.gpus, args.json, batch=args.batch or 1, context=args.context, dtype=dtype)
+    return 0
+
+
+def _refuse_mixed(args: argparse.Namespace) -> None:
+    """Options of `plan` that do not go together."""
+    from megatron_moe.config.errors import InputError
+
+    of_training = [name for name in ("plot", "trace", "schedules") if getattr(args, name)]
+    of_serving = [name for name in ("batch", "context", "dtype") if getattr(args, name)]
+    if args.inference and of_training:
+        raise InputError(f"--inference does not go with --{of_training[0]}: leave one of them out")
+    if of_serving and not args.inference:
+        raise InputError(f"--{of_serving[0]} goes with --inference only")
+    if args.json and args.schedules:
+        raise InputError("--schedules is a table: leave --json out")
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -19,10 +19,10 @@ from megatron_moe.plan.output_file import write_whole
 from megatron_moe.plan.plan import Plan, make
 from megatron_moe.plan.schedules_table import print_schedules
 from megatron_moe.plan.stage_table import print_memory, print_stages
+from megatron_moe.plan.tables import console_of_tables
 from megatron_moe.plan.trace import chrome_trace, planned_events
 from megatron_moe.plan.wording import count
 
-_LEAST_WIDTH = 80
 _PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -80,13 +80,6 @@ def run(
     for name, file in (("Picture", plot), ("Trace", trace)):
         if file is not None:
             console.print(f"{name}: {file}", soft_wrap=True, markup=False)
-
-
-def console_of_tables() -> Console:
-    """Stdout. In a narrower window lines break, but no number is cut."""
-    console = Console(highlight=False)
-    console.width = max(console.width, _LEAST_WIDTH)
-    return console
 
 
 def _print_model(console: Console, name: str, plan: Plan) -> None:

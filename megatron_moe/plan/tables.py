@@ -8,6 +8,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+_LEAST_WIDTH = 80
+
+
+def console_of_tables() -> Console:
+    """Stdout. In a narrower window lines break, but no number is cut."""
+    console = Console(highlight=False)
+    console.width = max(console.width, _LEAST_WIDTH)
+    return console
+
 
 def print_table(
     console: Console,
