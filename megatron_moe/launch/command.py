@@ -21,6 +21,7 @@ from megatron_moe.launch.outcome import Outcome
 from megatron_moe.launch.stop_request import Stopped, signals_raise
 from megatron_moe.launch.supervisor import run_ranks
 from megatron_moe.plan import plan
+from megatron_moe.plan.auto import resolve
 from megatron_moe.plan.wording import plural
 
 _STOPPING = (
@@ -65,7 +66,7 @@ def train(config_path: Path, overrides: Sequence[str]) -> int:
 
     try:
         with signals_raise():
-            loaded = load(config_path, overrides, world_size=None)
+            loaded = resolve(load(config_path, overrides, world_size=None))
             layout_plan = plan.make(loaded.experiment)
             job = begin(loaded, layout_plan, print)
     except Stopped:
@@ -101,7 +102,7 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
         )
     try:
         with signals_raise(), tempfile.TemporaryDirectory(prefix="megatron-moe-verify-") as folder:
-            loaded = load(config_path, overrides, world_size=None)
+            loaded = resolve(load(config_path, overrides, world_size=None))
             preflight.check(loaded)
             experiment = loaded.experiment
             world_size = plan.make(experiment).layout.world_size

@@ -23,6 +23,7 @@ from megatron_moe.launch.library_noise import LibraryNoise
 from megatron_moe.launch.run_folder import RunFolder
 from megatron_moe.launch.stop_request import Stopped, exit_on_sigterm, signals_raise
 from megatron_moe.plan import plan
+from megatron_moe.plan.auto import resolve
 
 _BEGUN, _READ, _SAID = "megatron_moe/begun", "megatron_moe/read", "megatron_moe/said/"
 _LEAVE_TOGETHER_S = 30.0
@@ -68,6 +69,7 @@ def _begin_for_all(loaded: Loaded, store: Any, world_size: int) -> tuple[RunFold
     folder = None
     try:
         with signals_raise():
+            loaded = resolve(loaded)
             job = begin(loaded, plan.make(loaded.experiment), print)
         code = exit_codes.DONE
         folder = None if job.finished else job.locked.folder

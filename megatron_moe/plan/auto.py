@@ -17,7 +17,6 @@ from megatron_moe.plan.batch_ramp import num_microbatches
 from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.profile import Profile, profile_of
-from megatron_moe.plan.stages import mtp_stage
 
 _LAYERS, _COUNTS = "pipeline.layers_per_stage", "recompute.layers_per_stage"
 
@@ -64,7 +63,7 @@ def placed(experiment: Experiment, measured: Profile | None) -> Experiment:
         fixed_layers=None if layers_are_placed(experiment) else layers_per_stage(experiment),
         fixed_recompute=counts if isinstance(counts, list) else None,
         method=recompute.method,
-        mtp_stage=mtp_stage(experiment),
+        mtp_stage=experiment.pipeline.mtp_stage,
     )
     changed = experiment.model_copy(
         update={

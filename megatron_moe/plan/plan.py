@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan import costs, journeys
 from megatron_moe.plan.assembly import assemble
+from megatron_moe.plan.auto import placed
 from megatron_moe.plan.batch_ramp import num_microbatches
 from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.forecast import Forecast
@@ -43,6 +44,12 @@ class Plan:
         """The stages that a rank holds, by model chunk."""
         pipeline_rank = self.layout.coordinates(rank).pp
         return tuple(stage for stage in self.stages if stage.pipeline_rank == pipeline_rank)
+
+    @property
+    def rank_of_embedding_copy(self) -> int | None:
+        """The pipeline rank that multi-token prediction gives a copy of the embedding; None where the first
+        has it."""
+        return next((s.pipeline_rank for s in self.stages if s.num_mtp_layers and s.pipeline_rank), None)
 
     def experts_on(self, rank: int) -> range:
         """The experts of each MoE layer that a rank holds; empty for a dense model."""
@@ -90,9 +97,15 @@ class Plan:
 
 
 def make(experiment: Experiment) -> Plan:
-    """The plan of a filled experiment. Raises InputError where a profile is of another model or device."""
+    """The plan of a filled experiment.
+
+    Raises InputError where it says `auto` and nothing fits, and where a profile is of another model or
+    device.
+    """
+    measured = profile_of(experiment)
+    experiment = placed(experiment, measured)
     layout, cluster = Layout.of(experiment), Cluster.of(experiment)
-    units = assemble(experiment, layout, cluster, profile_of(experiment))
+    units = assemble(experiment, layout, cluster, measured)
     stages = stages_of(experiment)
     return Plan(
         layout=layout,
