@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.padding import Padding
+from textwrap import wrap
 
+from rich.console import Console
+
+from megatron_moe.config.clusters import this_machine
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.plan import Plan
@@ -12,35 +14,33 @@ from megatron_moe.plan.tables import print_table
 from megatron_moe.plan.wording import SECONDS, count, duration, flops, in_one_unit, percent, plural
 
 _ALWAYS_SHOWN = ("pipeline", "iteration")
-_TERA = 1e12
 
 
 def print_forecast(console: Console, experiment: Experiment, plan: Plan) -> None:
     """The prediction for the run."""
-    console.print(f"[bold]Forecast[/] {plan.forecast.source}")
+    console.print(f"[bold]Forecast[/], times from {plan.forecast.source}")
     _print_iteration(console, plan)
     _print_speed(console, experiment, plan)
     console.print("[bold]What limits it[/]")
     for sentence in plan.forecast.limits:
-        console.print(Padding(sentence, (0, 0, 0, 1)))
+        lines = wrap(sentence, console.width - 1, initial_indent="- ", subsequent_indent="  ")
+        console.print("\n".join(lines), markup=False)
 
 
 def _print_iteration(console: Console, plan: Plan) -> None:
     """Where the time of an iteration goes; parts of the pipeline's time are set in."""
     forecast = plan.forecast
-    hidden = ""
-    if forecast.hidden_all_to_all_s:
-        hidden = f"of the rank with most; {duration(forecast.hidden_all_to_all_s)} more are hidden"
+    hidden = f"; {duration(forecast.hidden_all_to_all_s)} more hidden" if forecast.hidden_all_to_all_s else ""
     parts = {
         "pipeline": (forecast.pipeline_s, "first forward to last backward pass"),
-        "  idle": (forecast.bubble * forecast.pipeline_s, "of a pipeline rank, the mean"),
-        "  all-to-all": (forecast.exposed_all_to_all_s, hidden or "of the rank with most"),
-        "gradients": (forecast.gradient_s, "reduced, and weights gathered, as far as not hidden"),
+        "  idle": (forecast.bubble * forecast.pipeline_s, "of a rank, the mean (bubble)"),
+        "  exposed all-to-all": (forecast.exposed_all_to_all_s, f"of the rank with most{hidden}"),
+        "gradients": (forecast.gradient_s, "reduce and gather, not hidden"),
         "optimizer": (forecast.optimizer_s, ""),
         "iteration": (forecast.iteration_s, ""),
     }
     shown = {name: part for name, part in parts.items() if part[0] > 0 or name in _ALWAYS_SHOWN}
-    unit, seconds = in_one_unit([forecast.iteration_s], SECONDS)
+    unit, seconds = in_one_unit([forecast.iteration_s], SECONDS, digits=4)
     columns = {
         "an iteration": list(shown),
         unit: [seconds(time) for time, _ in shown.values()],
@@ -55,9 +55,10 @@ def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:
     ranks = plan.layout.world_size
     sequences, length, iterations = training.global_batch_size, training.seq_length, training.train_iters
     speed = forecast.tokens_per_second_per_gpu
+    device = _device(experiment)
     together = f", {count(speed * ranks)} on all {ranks:,}" if ranks > 1 else ""
-    console.print(f"Speed   {count(speed)} tokens/s a GPU{together}")
-    tflops = f"{forecast.tflops_per_gpu:,.4g} TFLOP/s a GPU"
+    console.print(f"Speed   {speed:,.4g} tokens/s/{device}{together}")
+    tflops = f"{forecast.tflops_per_gpu:,.4g} TFLOP/s/{device}"
     if forecast.mfu is None:
         console.print(f"MFU     not known without launch.cluster.peak_tflops; {tflops}")
     else:
@@ -66,8 +67,14 @@ def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:
         )
     tokens = count(float(iterations) * sequences * length)
     console.print(
-        f"Budget  {tokens} tokens = {plural(iterations, 'iteration')} of {count(sequences)} x {length:,}: "
+        f"Budget  {tokens} tokens = {plural(iterations, 'iteration')} x {sequences:,} x {length:,}: "
         f"{duration(forecast.days * 86400)}\n"
     )
     operations = flops(forecast.model_flops_per_token)
-    console.print(f"MFU = tokens/s x FLOPs a token / peak. A token takes {operations}: {FORMULA}.\n")
+    console.print(f"MFU = tokens/s/{device} x FLOPs a token / peak. A token takes {operations}: {FORMULA}.\n")
+
+
+def _device(experiment: Experiment) -> str:
+    """What a rank computes on."""
+    is_host = experiment.launch.cluster.preset == "this-machine" and not this_machine.gpus()
+    return "rank" if is_host else "GPU"

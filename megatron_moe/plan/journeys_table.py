@@ -48,9 +48,7 @@ def print_journeys(console: Console, plan: Plan) -> None:
     columns = {title: [cell(journey) for journey in dispatch.journeys] for title, cell in titles.items()}
     columns[""] = ["taken" if way.dispatcher == dispatch.dispatcher else "" for way in dispatch.journeys]
     precision = {2: "bf16", 4: "fp32"}[dispatch.element_size]
-    console.print(
-        f"[bold]What a token's way to its experts and back costs[/] in an MoE layer, forward, in {precision}"
-    )
+    console.print(f"[bold]A token's way to its experts and back[/] in an MoE layer, forward, in {precision}")
     print_table(console, columns, left=["dispatcher", ""])
     if dispatch.dispatcher == "flex":
         console.print(

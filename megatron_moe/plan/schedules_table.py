@@ -25,9 +25,9 @@ _CHUNKS = 2
 def print_schedules(console: Console, plan: Plan, iteration: Iteration) -> None:
     """One row for each schedule that can run the plan's microbatches."""
     found = dict(compared(plan, iteration))
-    unit, seconds = in_one_unit([timeline.makespan_s for timeline in found.values()], SECONDS)
+    unit, seconds = in_one_unit([timeline.makespan_s for timeline in found.values()], SECONDS, digits=4)
     kept = [max(timeline.peak_kept_bytes) for timeline in found.values()]
-    bytes_unit, size = in_one_unit(kept, BYTES)
+    bytes_unit, size = in_one_unit(kept, BYTES, digits=4)
     taken = _TITLES["interleaved" if plan.layout.virtual_pipeline_model_parallel_size > 1 else "1f1b"]
     columns = {
         "schedule": list(found),
@@ -38,12 +38,15 @@ def print_schedules(console: Console, plan: Plan, iteration: Iteration) -> None:
     }
     console.print("[bold]Other schedules[/] of the same layers on the same ranks")
     print_table(console, columns, left=["schedule", ""])
-    if "zero-bubble (ZB-H1)" in found:
-        console.print("GPipe and zero-bubble are for comparison; `train` runs 1F1B and interleaved 1F1B.\n")
+    notes = ["`train` runs 1F1B and interleaved 1F1B."]
+    pipeline_size = plan.layout.pipeline_model_parallel_size
+    if plan.num_microbatches % pipeline_size:
+        notes.append(f"Interleaved 1F1B needs microbatches in multiples of PP = {pipeline_size}.")
+    console.print(" ".join(notes) + "\n")
 
 
 def compared(plan: Plan, iteration: Iteration) -> Iterator[tuple[str, Timeline]]:
-    """Name -> one iteration. A plan without chunks is cut in halves for the interleaved schedule."""
+    """Name and one iteration of each. A stage without chunks is cut in halves for the interleaved schedule."""
     pipeline_size, microbatches = plan.layout.pipeline_model_parallel_size, plan.num_microbatches
     chunks = plan.layout.virtual_pipeline_model_parallel_size
     whole = [_sum(iteration.times[rank::pipeline_size]) for rank in range(pipeline_size)]

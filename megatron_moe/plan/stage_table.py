@@ -24,16 +24,15 @@ def print_stages(console: Console, plan: Plan) -> None:
     parameters = [0] * len(ranks)
     for stage, cost in zip(plan.stages, plan.stage_costs, strict=True):
         parameters[stage.pipeline_rank] += cost.parameters_per_rank
-    unit, seconds = in_one_unit(
-        [time for rank in ranks for time in (rank.forward_s, rank.backward_s)], SECONDS
-    )
+    times = [time for rank in ranks for time in (rank.forward_s, rank.backward_s)]
+    unit, seconds = in_one_unit(times, SECONDS, digits=4)
     columns = {
         "PP\nrank": [str(rank.pipeline_rank) for rank in ranks],
         "holds": [_holds(stages) for stages in held],
         "layers": [str(sum(len(stage.layers) for stage in stages)) for stages in held],
         "MoE": [str(sum(len(stage.moe_layers) for stage in stages)) for stages in held],
         "re-\ncomputed": [_recomputed(stages) for stages in held],
-        "parameters\na GPU": [count(number) for number in parameters],
+        "parameters\na rank": [count(number) for number in parameters],
         f"forward\n{unit}": [seconds(rank.forward_s) for rank in ranks],
         f"backward\n{unit}": [seconds(rank.backward_s) for rank in ranks],
         "idle": [percent(rank.idle_s / plan.forecast.pipeline_s) for rank in ranks],
@@ -61,10 +60,11 @@ def print_memory(console: Console, plan: Plan) -> None:
         "PP\nrank": [str(rank.pipeline_rank) for rank in ranks],
         "in\nflight": [str(rank.in_flight) for rank in ranks],
         "weights": [number(memory.weights) for memory in memories],
-        "gradients": [number(memory.gradients) for memory in memories],
-        "optimizer": [number(memory.optimizer) for memory in memories],
+        "gra-\ndients": [number(memory.gradients) for memory in memories],
+        "opti-\nmizer": [number(memory.optimizer) for memory in memories],
         "acti-\nvations": [number(memory.activations) for memory in memories],
-        "working": [number(memory.working) for memory in memories],
+        "work-\ning": [number(memory.working) for memory in memories],
+        "re-\nserved": [number(memory.reserved) for memory in memories],
         "total": [number(memory.total) for memory in memories],
         "free": [_free(memory, number(memory.headroom or 0.0)) for memory in memories],
     }
@@ -72,16 +72,11 @@ def print_memory(console: Console, plan: Plan) -> None:
         del columns["free"]
     if len(ranks) == 1:
         del columns["PP\nrank"], columns["in\nflight"]
-    reserved = memories[0].reserved
-    details = [f"in {unit}"]
-    if limit is not None:
-        details.append(f"of {limit / _GIB:.4g} GiB")
-    if reserved:
-        details.append(f"{reserved / _GIB:.3g} GiB of the total reserved")
-    console.print(f"[bold]Memory of each GPU[/] {', '.join(details)}")
+    of_limit = "" if limit is None else f", of {limit / _GIB:.4g} GiB"
+    console.print(f"[bold]Memory of each rank[/] in {unit}{of_limit}")
     print_table(console, columns)
     if limit is None:
-        console.print("How much there is is not known: set launch.cluster.memory_gib to see what is left.\n")
+        console.print("How much there is, is not known: launch.cluster.memory_gib says it.\n")
     if any((memory.headroom or 0) < 0 for memory in memories):
         console.print(f"[bold red]![/] does not fit into the {(limit or 0) / _GIB:.4g} GiB.\n")
 

@@ -45,11 +45,11 @@ def duration(seconds: float) -> str:
     return f"{text(seconds)} {unit}"
 
 
-def in_one_unit(values: Iterable[float], units: Units) -> tuple[str, Callable[[float], str]]:
-    """The unit in which numbers of a table are written, and how: the largest in three digits."""
+def in_one_unit(values: Iterable[float], units: Units, digits: int = 3) -> tuple[str, Callable[[float], str]]:
+    """The unit in which numbers of a table are written, and how: the largest in so many digits."""
     largest = max(map(abs, values), default=0.0)
     unit, size = next((entry for entry in reversed(units) if largest >= entry[1]), units[0])
-    decimals = _decimals(largest / size)
+    decimals = _decimals(largest / size, digits)
     return unit, lambda value: f"{value / size:,.{decimals}f}"
 
 
@@ -59,11 +59,12 @@ def percent(part: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:,.{_decimals(value)}f}"
+    return f"{value:,.{_decimals(value, 3)}f}"
 
 
-def _decimals(value: float) -> int:
-    return 2 if value < 9.995 else 1 if value < 99.95 else 0
+def _decimals(value: float, digits: int) -> int:
+    """Digits behind the point of a number from 1 on that has so many in all."""
+    return next((n for n in range(digits - 1, 0, -1) if round(value, n) < 10 ** (digits - n)), 0)
 
 
 def plural(count: int, noun: str) -> str:
