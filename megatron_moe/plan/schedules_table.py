@@ -46,7 +46,7 @@ def print_schedules(console: Console, plan: Plan, iteration: Iteration) -> None:
 
 
 def compared(plan: Plan, iteration: Iteration) -> Iterator[tuple[str, Timeline]]:
-    """Name and one iteration of each. A stage without chunks is cut in halves for the interleaved schedule."""
+    """Name and one iteration of each. Stages without chunks are cut in halves for the interleaved one."""
     pipeline_size, microbatches = plan.layout.pipeline_model_parallel_size, plan.num_microbatches
     chunks = plan.layout.virtual_pipeline_model_parallel_size
     whole = [_sum(iteration.times[rank::pipeline_size]) for rank in range(pipeline_size)]
