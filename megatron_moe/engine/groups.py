@@ -30,7 +30,9 @@ def initialize_process_group(device: Device, timeout_s: int) -> None:
     )
 
 
-def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None:
+def initialize_model_parallel(
+    layout: Layout, seed: int, timeout_s: int, embedding_copy: int | None = None
+) -> None:
     """Build Megatron-Core's groups for `layout` and seed this rank's random states.
 
     The tensor-parallel ranks of a replica share the default state and have one each in Megatron-Core's
@@ -38,6 +40,10 @@ def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None
     alike. Only dropout and other noise depend on them: weights are drawn by name (`model.initialization`).
 
     The process group must exist and have `layout.world_size` ranks.
+
+    Args:
+        embedding_copy: pipeline rank that shares the embedding with the first. Default: the last, where one
+            does.
     """
     from megatron.core import parallel_state, tensor_parallel
 
@@ -52,6 +58,9 @@ def initialize_model_parallel(layout: Layout, seed: int, timeout_s: int) -> None
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_s / 60,  # an int by its type, but only ever given to timedelta
         create_gloo_process_groups=gloo_beside_nccl(),
+        get_embedding_ranks=None
+        if embedding_copy is None
+        else lambda ranks: [ranks[0], ranks[embedding_copy]],
     )
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)

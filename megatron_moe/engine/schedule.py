@@ -153,8 +153,8 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device, width: int = 2) 
     return [float(value) for value in total]
 
 
-def mean_targets(microbatches: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """[] The targets of the global batch over its microbatches; 1 target where there is none. A collective
+def mean_targets(microbatches: Sequence[Mapping[str, Tensor]], counts: str = "num_targets") -> Tensor:
+    """[] or [D] The targets of the global batch over its microbatches; 1 target where there is none. A collective
     over the replicas.
 
     Dividing by it what each microbatch's losses sum up to makes the mean over microbatches and replicas the
@@ -163,11 +163,12 @@ def mean_targets(microbatches: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
     Args:
         microbatches: this replica's, as `share_of_context` gives them.
+        counts: what of them counts targets.
     """
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group()
-    total = torch.stack([batch["num_targets"] for batch in microbatches]).sum()
+    total = torch.stack([batch[counts] for batch in microbatches]).sum(0)
     torch.distributed.all_reduce(total, group=group)
     return total.clamp(min=1) / (len(microbatches) * group.size())
 
@@ -177,7 +178,7 @@ def share_of_context(
 ) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
-    It also gets `num_targets` [], the targets of the whole sequences, and in place of `document_starts` the
+    It also gets `num_targets` [], the targets of the whole sequences, likewise `further_targets` [D], and in place of `document_starts` the
     `segments` that attention goes by (see `engine.segments`). A `padding_mask` without padding is left out.
     In place of `sample_numbers` come, where they are wanted, `run_positions` [b, s]: each token's place among
     all tokens of the run. All this is found on the host, so that no GPU has to be waited for.
@@ -188,6 +189,8 @@ def share_of_context(
     rank = parallel_state.get_context_parallel_rank()
     batch = dict(batch)
     mine = {"num_targets": batch["loss_mask"].sum().to(torch.int)}
+    if (further := batch.get("further_mask")) is not None:
+        mine["further_targets"] = further.sum((0, 1)).to(torch.int)
     if (starts := batch.pop("document_starts", None)) is not None:
         mine["segments"] = segments(starts, rank, size)
     if (by_source := batch.pop("by_source", None)) is not None:

@@ -10,7 +10,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import recompute
 from megatron_moe.engine.versions import repair_missing_transformer_engine
 from megatron_moe.model.initialization import initialize
-from megatron_moe.model.layers import block_spec
+from megatron_moe.model.layers import block_spec, prediction_spec
 from megatron_moe.model.transformer_config import transformer_config
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.stages import Stage
@@ -51,7 +51,10 @@ def _build_chunk(experiment: Experiment, config: Any, stage: Stage, virtual: boo
     from megatron.core.models.gpt import GPTModel
 
     model = experiment.model
-    chunk: torch.nn.Module = GPTModel(
+    kind = GPTModel
+    if model.mtp_num_layers:
+        from megatron_moe.model.multi_token import FurtherPredictingModel as kind
+    chunk: torch.nn.Module = kind(
         config=config,
         transformer_layer_spec=block_spec(experiment, config, stage),
         vocab_size=padded_vocab_size(experiment),
@@ -63,6 +66,7 @@ def _build_chunk(experiment: Experiment, config: Any, stage: Stage, virtual: boo
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=int(model.rotary_base),
+        mtp_block_spec=prediction_spec(experiment, config, stage),
         vp_stage=stage.chunk if virtual else None,
     )
     return chunk

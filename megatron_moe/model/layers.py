@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.versions import accept_as_linear, moe_submodules
@@ -10,6 +10,7 @@ from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.norms import Norm
 from megatron_moe.plan.journeys import choice
 from megatron_moe.plan.stages import Stage
+from megatron_moe.plan.weights import kind_of_mtp_layers
 
 
 def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
@@ -17,19 +18,42 @@ def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     norm: Any = Norm
-    make = native_layer_spec
     if experiment.model.spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        norm, make = TENorm, transformer_engine_layer_spec
-    dense = make(config, num_experts=None)
-    moe = None
+        norm = TENorm
+    dense, moe = _layer_spec(experiment, config, "dense"), None
     if experiment.moe is not None:
-        moe = make(config, num_experts=config.num_moe_experts)
-        _use_our_moe_layer(moe, experiment, config)
+        moe = _layer_spec(experiment, config, "moe")
     return TransformerBlockSubmodules(
         layer_specs=[moe if layer in stage.moe_layers else dense for layer in stage.layers], layer_norm=norm
     )
+
+
+def prediction_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
+    """Megatron-Core's spec of the multi-token-prediction layers of `stage`; None where it has none."""
+    if not stage.num_mtp_layers:
+        return None
+    from megatron_moe.model.multi_token import Parts, block_spec
+
+    linear: Any
+    norm: Any = Norm
+    if experiment.model.spec == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear as linear
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        from megatron.core.tensor_parallel import ColumnParallelLinear as linear
+    layer = _layer_spec(experiment, config, kind_of_mtp_layers(experiment))
+    return block_spec(Parts(norm, linear, layer), stage.num_mtp_layers)
+
+
+def _layer_spec(experiment: Experiment, config: Any, kind: Literal["dense", "moe"]) -> Any:
+    native = experiment.model.spec == "native"
+    make = native_layer_spec if native else transformer_engine_layer_spec
+    spec = make(config, num_experts=config.num_moe_experts if kind == "moe" else None)
+    if kind == "moe":
+        _use_our_moe_layer(spec, experiment, config)
+    return spec
 
 
 def native_layer_spec(config: Any, num_experts: int | None) -> Any:

@@ -75,6 +75,8 @@ def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.kv_channels,
         "ffn_hidden_size": model.ffn_hidden_size,
+        "mtp_num_layers": model.mtp_num_layers or None,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
         "activation_func": activation,
@@ -175,7 +177,10 @@ def _parallel_fields(experiment: Experiment, plan: Plan) -> dict[str, Any]:
         fields["virtual_pipeline_model_parallel_size"] = layout.virtual_pipeline_model_parallel_size
     if layout.pipeline_model_parallel_size > 1:
         fields["pipeline_model_parallel_layout"] = [
-            ["embedding"] * stage.has_embedding + ["decoder"] * len(stage.layers) + ["loss"] * stage.has_loss
+            ["embedding"] * stage.has_embedding
+            + ["decoder"] * len(stage.layers)
+            + ["mtp"] * stage.num_mtp_layers
+            + ["loss"] * stage.has_loss
             for stage in plan.stages
         ]
     return fields

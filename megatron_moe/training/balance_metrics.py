@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_moe.config.schema import Experiment, MoE
 from megatron_moe.model.moe.balancing import losses_of
-from megatron_moe.training.moe_sums import routers_of
+from megatron_moe.training.moe_sums import all_layers, routers_of
 
 Z_LOSS = "z_loss"
 
@@ -37,7 +37,7 @@ def local_balance(experiment: Experiment, chunks: list[torch.nn.Module], device:
 
     assert experiment.moe is not None
     names = list(losses_of(experiment.moe))
-    total = torch.zeros(experiment.model.num_layers, 2 * len(names) + 1, dtype=torch.float64, device=device)
+    total = torch.zeros(all_layers(experiment), 2 * len(names) + 1, dtype=torch.float64, device=device)
     # All ranks of a microbatch have its values, and all ranks of a stage the coefficients: one speaks.
     speaks = parallel_state.get_tensor_and_context_parallel_group().rank() == 0
     is_first_replica = parallel_state.get_data_parallel_rank() == 0

@@ -31,7 +31,9 @@ def start(experiment: Experiment, plan: Plan, run_folder: Path) -> Trainer:
 
     timeout_s = experiment.resilience.collective_timeout_s
     groups.initialize_process_group(device, timeout_s)
-    groups.initialize_model_parallel(plan.layout, experiment.training.seed, timeout_s)
+    groups.initialize_model_parallel(
+        plan.layout, experiment.training.seed, timeout_s, plan.rank_of_embedding_copy
+    )
 
     dtype = device.resolve_precision(experiment.training.precision)
     chunks = build_chunks(experiment, plan, dtype)

@@ -30,14 +30,19 @@ def forward_step(
     1 in one column, where each sequence comes from, if that is to be reported. `mean_targets` [], where it is
     there, takes the place of `num_targets` in the loss (see `engine.schedule.mean_targets`).
 
+    For a model that predicts several tokens at once it holds what `data.further_tokens` gives, and
+    `further_targets` [D], the targets of each further prediction; where mean_targets are, also
+    `mean_further_targets` [D]. Evaluation looks at the next token only.
+
     With `return_schedule_plan` the output is yet to be computed, by `moe.overlap_moe_expert_parallel_comm`:
     Megatron-Core's plan of it, to be run together with that of another microbatch's backward pass.
     """
+    from megatron.core.utils import get_model_config
+
     batch = next(batches)
     # Every stage gets the mask: routers stand on all of them.
-    marks = batch.get("padding_mask")
-    if "run_positions" in batch:
-        marks = mark(marks, batch["tokens"], batch["run_positions"])
+    marks = _marks(batch, batch.get("padding_mask"), batch["tokens"])
+    predicts_further = chunk.training and "further_tokens" in batch
     if return_schedule_plan and marks is not None:
         raise InputError(
             "moe.overlap_moe_expert_parallel_comm does not go with padding, which its routers would count; "
@@ -50,13 +55,49 @@ def forward_step(
         batch.get("segments"),
         labels=batch["labels"],
         **({} if marks is None else {"padding_mask": marks}),
+        **({"further": _further(batch)} if predicts_further else {}),
     )
+    if predicts_further:
+        return output, partial(_loss_of_all, batch, get_model_config(chunk).mtp_loss_scaling_factor)
     return output, partial(
         _loss,
         batch["loss_mask"],
         batch.get("mean_targets", batch["num_targets"].clamp(min=1)),
         batch.get("by_source"),
     )
+
+
+def _marks(batch: Batch, padding: Tensor | None, tokens: Tensor) -> Tensor | None:
+    return mark(padding, tokens, batch["run_positions"]) if "run_positions" in batch else padding
+
+
+def _further(batch: Batch) -> list[Any]:
+    """What each multi-token-prediction layer predicts from and towards."""
+    from megatron_moe.model.multi_token import Further
+
+    names = ("further_tokens", "further_labels", "further_padding")
+    depths = zip(*(batch[name].unbind(-1) for name in names), strict=True)
+    return [Further(tokens, labels, _marks(batch, padding, tokens)) for tokens, labels, padding in depths]
+
+
+def _loss_of_all(batch: Batch, scale: float, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_loss` of the next token, plus `scale` times the mean over the further ones of theirs, each over its
+    own targets. The report has two numbers of the first and of each of the others: [2 + 2 D].
+
+    Args:
+        losses: [1 + D, b, s].
+    """
+    divisor = batch.get("mean_targets", batch["num_targets"].clamp(min=1))
+    loss, count, report = _loss(batch["loss_mask"], divisor, None, losses[0])
+    divisors = batch.get("mean_further_targets", batch["further_targets"].clamp(min=1)).unbind()
+    reports, depths = [report], len(divisors)
+    for its_losses, mask, its_divisor in zip(
+        losses[1:], batch["further_mask"].unbind(-1), divisors, strict=True
+    ):
+        further, _, report = _loss(mask, its_divisor, None, its_losses)
+        loss = loss + further * (scale / depths)
+        reports.append(report)
+    return loss, count, torch.cat(reports)
 
 
 def _loss(

@@ -26,12 +26,14 @@ class StepSums:
     Attributes:
         loss: sum of the language-model losses of all target tokens of the global batch.
         targets: number of those tokens.
+        further: the same two of each multi-token-prediction layer.
         stop_requested: whether any rank was asked to stop.
         moe: None for a dense model; the same for balance.
     """
 
     loss: float
     targets: float
+    further: tuple[tuple[float, float], ...]
     stop_requested: bool
     moe: MoESums | None
     balance: BalanceSums | None
@@ -50,10 +52,12 @@ def reduce_step(
     Raises RunError on all ranks where a router of any got logits that are not finite.
 
     Args:
-        reports: [loss sum, targets] a microbatch, on the last pipeline stage; else empty.
+        reports: [loss sum, targets] a microbatch, and behind these the same for each multi-token-prediction
+            layer, on the last pipeline stage; else empty.
     """
+    width = 2 + 2 * experiment.model.mtp_num_layers
     stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=device)
-    parts = [share_of_reports(reports, device), stop]
+    parts = [share_of_reports(reports, device, width), stop]
     local = None
     if experiment.moe is not None:
         local = local_sums(experiment, chunks, device)
@@ -63,12 +67,20 @@ def reduce_step(
     total = total.cpu()
     moe = balance = None
     if local is not None and experiment.moe is not None:
-        layers, size = experiment.model.num_layers, local.total.numel()
-        moe = split(total[3 : 3 + size].view(layers, -1), experiment.moe.num_moe_experts)
-        balance = split_balance(total[3 + size :].view(layers, -1))
+        begin, size = width + 1, local.total.numel()
+        moe = split(total[begin : begin + size].view(len(local.total), -1), experiment.moe.num_moe_experts)
+        balance = split_balance(total[begin + size :].view(len(local.total), -1))
         if bool(moe.column("not_finite").any()):
             raise RunError(_not_finite(local.not_finite))
-    return StepSums(float(total[0]), float(total[1]), float(total[2]) > 0, moe, balance)
+    (loss, targets), *further = total[:width].view(-1, 2).tolist()
+    return StepSums(loss, targets, tuple(map(tuple, further)), float(total[width]) > 0, moe, balance)
+
+
+def further_metrics(sums: StepSums) -> dict[str, Any]:
+    """The losses of multi-token prediction: each layer's mean over its own targets, and the mean of these."""
+    losses = [loss / targets if targets else math.nan for loss, targets in sums.further]
+    record: dict[str, Any] = {"mtp/loss": sum(losses) / len(losses)}
+    return record if len(losses) == 1 else record | {"mtp/per_depth/loss": losses}
 
 
 def _not_finite(of_rank: Tensor) -> str:

@@ -51,11 +51,17 @@ class LocalSums:
     not_finite: Tensor
 
 
+def all_layers(experiment: Experiment) -> int:
+    """Transformer layers that may hold a router: those of the model, and behind them one in each
+    multi-token-prediction layer."""
+    return experiment.model.num_layers + experiment.model.mtp_num_layers
+
+
 def local_sums(experiment: Experiment, chunks: list[torch.nn.Module], device: torch.device) -> LocalSums:
     """This rank's share of the sums. Collective over the ranks that share a microbatch (TP x CP)."""
     from megatron.core import parallel_state
 
-    moe, layers = experiment.moe, experiment.model.num_layers
+    moe, layers = experiment.moe, all_layers(experiment)
     assert moe is not None
     total = torch.zeros(layers, moe.num_moe_experts + len(COLUMNS), dtype=torch.float64, device=device)
     not_finite = torch.zeros(layers, dtype=torch.float64, device=device)

@@ -15,6 +15,7 @@ import torch
 from megatron_moe.config.schema import Experiment
 from megatron_moe.data.batches import Microbatches
 from megatron_moe.data.blend import Blend
+from megatron_moe.data.further_tokens import with_further_tokens
 from megatron_moe.data.prepare import Prepared
 from megatron_moe.data.samples import Samples
 from megatron_moe.engine import schedule
@@ -27,7 +28,7 @@ from megatron_moe.training import communication, router_updates
 from megatron_moe.training.balance_metrics import balance_metrics
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
-from megatron_moe.training.metrics import drops_of_evaluation, moe_metrics, reduce_step
+from megatron_moe.training.metrics import drops_of_evaluation, further_metrics, moe_metrics, reduce_step
 from megatron_moe.training.step_meter import StepMeter
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class Trainer:
             / self.plan.layout.world_size
             / 1e12,
         }
+        if sums.further:
+            record |= further_metrics(sums)
         if training.rampup_batch_size is not None:
             record["global_batch_size"] = sequences
         if self.prepared.sources and self.experiment.data.blend is None:
@@ -182,14 +185,18 @@ class Trainer:
             shuffle=shuffle,
         )
         marked = self.experiment.moe is not None and needs_marks(self.experiment.moe)
-        return (schedule.share_of_context(batch, self.device.torch_device, marked) for batch in batches)
+        further = self.experiment.model.mtp_num_layers
+        wholes = (with_further_tokens(batch, further) if further else batch for batch in batches)
+        return (schedule.share_of_context(batch, self.device.torch_device, marked) for batch in wholes)
 
     def iterators(self, batches: Iterator[Batch], shapes: schedule.Shapes) -> list[Iterator[Batch]]:
         """The next global batch's microbatches, once for each model chunk of this rank."""
         this_step = list(itertools.islice(batches, shapes.num_microbatches))
         if self.experiment.training.calculate_per_token_loss:
-            mean_targets = schedule.mean_targets(this_step)
-            this_step = [{**batch, "mean_targets": mean_targets} for batch in this_step]
+            means = {"mean_targets": schedule.mean_targets(this_step)}
+            if self.experiment.model.mtp_num_layers:
+                means["mean_further_targets"] = schedule.mean_targets(this_step, "further_targets")
+            this_step = [{**batch, **means} for batch in this_step]
         if self.chunks[0].training:
             router_updates.begin_iteration(self.experiment, self.chunks, this_step)
         return [iter(this_step) for _ in self.chunks]

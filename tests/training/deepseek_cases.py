@@ -1,4 +1,4 @@
-"""Layouts of models with DeepSeek's multi-latent attention and multi-token prediction, for layout_cases.py."""
+"""Layouts of models with DeepSeek's latent attention and multi-token prediction, for layout_cases.py."""
 
 from __future__ import annotations
 
