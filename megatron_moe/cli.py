@@ -144,6 +144,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else")
     _add_views(parser)
+    _add_search(parser)
     _add_inference(parser)
 
 
@@ -162,6 +163,23 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
         help="write the iteration pass by pass, for ui.perfetto.dev or chrome://tracing",
     )
     add("--schedules", action="store_true", help="compare with other pipeline schedules")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a better layout, instead of the experiment's own")
+    add = group.add_argument
+    add(
+        "--search",
+        action="store_true",
+        help="find the ten fastest layouts of --gpus ranks, and print the first one as YAML",
+    )
+    add(
+        "--memory",
+        metavar="G",
+        type=_positive_float,
+        help="GiB of a GPU, in the place of launch.cluster.memory_gib",
+    )
+    add("--overlay", metavar="FILE", type=Path, help="write the first one as YAML that extends CONFIG")
 
 
 def _add_inference(parser: argparse.ArgumentParser) -> None:
@@ -368,8 +386,20 @@ def _plan(args: argparse.Namespace) -> int:
     _refuse_mixed(args)
     if args.inference:
         return _plan_inference(args)
+    if args.search:
+        return _plan_search(args)
     loaded = load(args.config, args.overrides, world_size=args.gpus)
     run(loaded, args.gpus, args.json, plot=args.plot, trace=args.trace, schedules=args.schedules)
+    return 0
+
+
+def _plan_search(args: argparse.Namespace) -> int:
+    from megatron_moe.config.loading import load
+    from megatron_moe.plan.search_command import run
+
+    memory = [f"launch.cluster.memory_gib={args.memory}"] if args.memory else []
+    loaded = load(args.config, [*args.overrides, *memory])
+    run(loaded, args.config, args.gpus, args.json, args.overlay)
     return 0
 
 
@@ -393,6 +423,15 @@ def _refuse_mixed(args: argparse.Namespace) -> None:
         raise InputError(f"--inference does not go with --{of_training[0]}: leave one of them out")
     if of_serving and not args.inference:
         raise InputError(f"--{of_serving[0]} goes with --inference only")
+    of_search = [name for name in ("memory", "overlay") if getattr(args, name)]
+    if of_search and not args.search:
+        raise InputError(f"--{of_search[0]} goes with --search only")
+    if args.search and args.inference:
+        raise InputError("--search does not go with --inference: leave one of them out")
+    if args.search and of_training:
+        raise InputError(f"--search does not go with --{of_training[0]}: leave one of them out")
+    if args.search and args.gpus is None:
+        raise InputError("--search needs --gpus, the number of ranks to lay the experiment over")
     if args.json and args.schedules:
         raise InputError("--schedules is a table: leave --json out")
 

@@ -14,7 +14,7 @@ _LEAST_TOKENS_A_CONTEXT_RANK = 2048
 """Shorter pieces of a sequence are not worth a context-parallel rank."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Candidate:
     """One layout, and what goes with it. DP follows."""
 
