@@ -11,6 +11,7 @@ from rich.console import Console
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan import devices
 from megatron_moe.plan.forecast_table import print_forecast
 from megatron_moe.plan.iteration import Iteration, iteration_of
 from megatron_moe.plan.journeys_table import print_journeys
@@ -59,7 +60,7 @@ def run(
     plan = make(experiment)
     iteration = iteration_of(experiment, plan) if plot or trace or schedules else None
     if plot is not None and iteration is not None:
-        _plot(plot, experiment.name, plan, iteration)
+        _plot(plot, experiment, plan, iteration)
     if trace is not None and iteration is not None:
         _trace(trace, experiment.name, plan, iteration)
     if as_json:
@@ -88,11 +89,12 @@ def _print_model(console: Console, name: str, plan: Plan) -> None:
     console.print(f"[bold]{name}[/]: {count(total)} parameters{detail}\n")
 
 
-def _plot(file: Path, name: str, plan: Plan, iteration: Iteration) -> None:
+def _plot(file: Path, experiment: Experiment, plan: Plan, iteration: Iteration) -> None:
     from megatron_moe.plan.drawing import picture
 
     form = file.suffix.lower().removeprefix(".")
-    write_whole("--plot", file, picture(name, plan, iteration.timeline, iteration.recompute_s, form))
+    names = experiment.name, devices.noun(experiment)
+    write_whole("--plot", file, picture(*names, plan, iteration.timeline, iteration.recompute_s, form))
 
 
 def _trace(file: Path, name: str, plan: Plan, iteration: Iteration) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from megatron_moe.config.clusters import this_machine
 from megatron_moe.config.schema import Experiment
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -38,3 +39,9 @@ def difference(experiment: Experiment, device: str) -> str:
     if device in here or device == processor():
         return ""
     return ", ".join(sorted(here)) or processor()
+
+
+def noun(experiment: Experiment) -> str:
+    """What a rank computes on, in a word."""
+    is_host = experiment.launch.cluster.preset == "this-machine" and not this_machine.gpus()
+    return "rank" if is_host else "GPU"

@@ -28,15 +28,18 @@ _FEW_POINTS = 7.0
 """Rows below that have no room for words."""
 
 
-def picture(name: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[float], form: str) -> bytes:
+def picture(
+    name: str, device: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[float], form: str
+) -> bytes:
     """The picture as a file's content.
 
     Args:
+        device: what a rank computes on, in a word.
         recompute_s: of each stage, the part of its backward pass in which it computes again.
         form: png, svg or pdf.
     """
     with rc_context({**rcParamsDefault, **STYLE, "svg.hashsalt": name}):
-        figure = figure_of(name, plan, timeline, recompute_s)
+        figure = figure_of(name, device, plan, timeline, recompute_s)
         content = BytesIO()
         # A date would make each file of the same plan another one.
         dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -44,7 +47,7 @@ def picture(name: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[flo
     return content.getvalue()
 
 
-def figure_of(name: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[float]) -> Figure:
+def figure_of(name: str, device: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[float]) -> Figure:
     """Both panels, their rows as high as their number allows."""
     forecast = plan.forecast
     memories = [rank.memory for rank in forecast.ranks]
@@ -55,7 +58,7 @@ def figure_of(name: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[f
     FigureCanvasAgg(figure)
     top = 1 - 0.34 / height
     figure.text(_LEFT / _WIDTH, top, name, fontsize=14, fontweight="bold", va="baseline")
-    figure.text(1 - _RIGHT / _WIDTH, top, _summary(plan), color=GREY, ha="right", va="baseline")
+    figure.text(1 - _RIGHT / _WIDTH, top, _summary(device, plan), color=GREY, ha="right", va="baseline")
 
     bottom = _BOTTOM + rows + _LIMIT + _TITLE + _BETWEEN
     boxes = boxes_of(timeline, recompute_s, forecast)
@@ -75,17 +78,23 @@ def figure_of(name: str, plan: Plan, timeline: Timeline, recompute_s: Sequence[f
     timeline_panel.label_rows(panel, len(memories))
     totals = [number(memory.total) + _free(memory, number) for memory in memories]
     _behind_rows(panel, totals, [RED if (memory.headroom or 0) < 0 else INK for memory in memories], row)
-    _head(figure, _BOTTOM + rows + _LIMIT, "Memory", f"of each GPU in {unit}", memory_panel.legend(memories))
+    _head(
+        figure,
+        _BOTTOM + rows + _LIMIT,
+        "Memory",
+        f"of each {device} in {unit}",
+        memory_panel.legend(memories),
+    )
     return figure
 
 
-def _summary(plan: Plan) -> str:
+def _summary(device: str, plan: Plan) -> str:
     forecast = plan.forecast
     axes = f" ({plan.layout.axes})" if plan.layout.axes else ""
     parts = [
-        plural(plan.layout.world_size, "GPU") + axes,
+        plural(plan.layout.world_size, device) + axes,
         f"{duration(forecast.iteration_s)} an iteration",
-        f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s a GPU",
+        f"{forecast.tokens_per_second_per_gpu:,.0f} tokens/s/{device}",
     ]
     if forecast.mfu is not None:
         parts.append(f"MFU {percent(forecast.mfu)}")

@@ -6,8 +6,8 @@ from textwrap import wrap
 
 from rich.console import Console
 
-from megatron_moe.config.clusters import this_machine
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan import devices
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.tables import print_table
@@ -55,7 +55,7 @@ def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:
     ranks = plan.layout.world_size
     sequences, length, iterations = training.global_batch_size, training.seq_length, training.train_iters
     speed = forecast.tokens_per_second_per_gpu
-    device = _device(experiment)
+    device = devices.noun(experiment)
     together = f", {count(speed * ranks)} on all {ranks:,}" if ranks > 1 else ""
     console.print(f"Speed   {speed:,.4g} tokens/s/{device}{together}")
     tflops = f"{forecast.tflops_per_gpu:,.4g} TFLOP/s/{device}"
@@ -72,9 +72,3 @@ def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:
     )
     operations = flops(forecast.model_flops_per_token)
     console.print(f"MFU = tokens/s/{device} x FLOPs a token / peak. A token takes {operations}: {FORMULA}.\n")
-
-
-def _device(experiment: Experiment) -> str:
-    """What a rank computes on."""
-    is_host = experiment.launch.cluster.preset == "this-machine" and not this_machine.gpus()
-    return "rank" if is_host else "GPU"

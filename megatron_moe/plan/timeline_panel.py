@@ -54,8 +54,8 @@ def draw_timeline(
         panel.tick_params(axis="y", left=False, labelleft=window is shown[0])
         left += inches + _GAP
         if window is not shown[-1]:
-            place = ((left - _GAP / 2) / page_width, (bottom - 0.1) / page_height)
-            figure.text(*place, "...", color=GREY, ha="center", va="center")
+            x, y = (left - _GAP / 2) / page_width, (bottom - 0.1) / page_height
+            figure.text(x, y, "...", color=GREY, ha="center", va="center")
 
 
 def legend(boxes: Boxes) -> list[Patch]:
@@ -95,7 +95,7 @@ def _boxes(panel: Axes, boxes: Boxes, chunks: int) -> None:
     corners = np.stack([boxes.start, low, boxes.end, low, boxes.end, high, boxes.start, high], axis=1)
     colors = np.array([[_shade(_COLORS[name], chunk, chunks) for chunk in range(chunks)] for name in KINDS])
     collection = PolyCollection(
-        corners.reshape(-1, 4, 2),
+        list(corners.reshape(-1, 4, 2)),
         facecolors=colors[boxes.kind, boxes.chunk],
         edgecolors="white",
         linewidths=0.35,
