@@ -1,4 +1,4 @@
-"""What a model that predicts several tokens at once gets beside a microbatch: the tokens after the next ones."""
+"""What a model that predicts several tokens at once gets beside a microbatch: the tokens after the next."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def with_further_tokens(batch: Mapping[str, Tensor], count: int) -> dict[str, Te
     - `further_mask`: 1 where that is a target, as `loss_mask` says at that place, and the token is there;
     - `further_padding`: true where the place itself or the further one is padding, or no token is there.
 
-    There is no token behind the end of the sequence, nor, where documents must not see each other, behind that
-    of the document.
+    There is no token behind the end of the sequence, nor, where documents must not see each other, behind
+    that of the document.
 
     Args:
         batch: tokens, labels, loss_mask [b, s], whole sequences; also padding_mask and document_starts, where

@@ -154,8 +154,8 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device, width: int = 2) 
 
 
 def mean_targets(microbatches: Sequence[Mapping[str, Tensor]], counts: str = "num_targets") -> Tensor:
-    """[] or [D] The targets of the global batch over its microbatches; 1 target where there is none. A collective
-    over the replicas.
+    """[] or [D] The targets of the global batch over its microbatches; 1 target where there is none. A
+    collective over the replicas.
 
     Dividing by it what each microbatch's losses sum up to makes the mean over microbatches and replicas the
     mean over all targets. Megatron-Core's own way, `calculate_per_token_loss`, divides all gradients by the
@@ -178,8 +178,9 @@ def share_of_context(
 ) -> dict[str, Tensor]:
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
-    It also gets `num_targets` [], the targets of the whole sequences, likewise `further_targets` [D], and in place of `document_starts` the
-    `segments` that attention goes by (see `engine.segments`). A `padding_mask` without padding is left out.
+    It also gets `num_targets` [], the targets of the whole sequences, where a `further_mask` [b, s, D] is
+    likewise `further_targets` [D], and in place of `document_starts` the `segments` that attention goes by
+    (see `engine.segments`). A `padding_mask` without padding is left out.
     In place of `sample_numbers` come, where they are wanted, `run_positions` [b, s]: each token's place among
     all tokens of the run. All this is found on the host, so that no GPU has to be waited for.
     """

@@ -36,15 +36,16 @@ def prediction_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:
         return None
     from megatron_moe.model.multi_token import Parts, block_spec
 
-    linear: Any
-    norm: Any = Norm
-    if experiment.model.spec == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear as linear
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-    else:
-        from megatron.core.tensor_parallel import ColumnParallelLinear as linear
     layer = _layer_spec(experiment, config, kind_of_mtp_layers(experiment))
-    return block_spec(Parts(norm, linear, layer), stage.num_mtp_layers)
+    if experiment.model.spec == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+        parts = Parts(TENorm, TEColumnParallelLinear, layer)
+    else:
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        parts = Parts(Norm, ColumnParallelLinear, layer)
+    return block_spec(parts, stage.num_mtp_layers)
 
 
 def _layer_spec(experiment: Experiment, config: Any, kind: Literal["dense", "moe"]) -> Any:

@@ -1,5 +1,5 @@
-"""Multi-token prediction (DeepSeek-V3, section 2.2): layers behind the model, each of which predicts one token
-further.
+"""Multi-token prediction (DeepSeek-V3, section 2.2): layers behind the model, each predicting a further
+token.
 
 Weights and their names are those of Megatron-Core's MultiTokenPredictionBlock, which builds the layers. Its
 own forward pass rolls tokens between context-parallel ranks, hides padding from routers (0.16.1), takes for
