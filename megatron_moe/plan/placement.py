@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_moe.config.errors import InputError
+from megatron_moe.plan.exact_search import fastest
 from megatron_moe.plan.local_search import Candidates, improve, least_missing
 from megatron_moe.plan.rank_choices import RankChoices
 from megatron_moe.plan.units import Units
@@ -83,6 +84,10 @@ def place(
         start = least_missing(candidates, start)
     if any(missing := candidates.missing(start)):
         raise NothingFits(f"needs {max(missing):.4g} bytes more", missing)
-    best = start if fixed_layers is not None else improve(candidates, start)
+    if fixed_layers is not None or pipeline_size == 1:
+        makespan = float(candidates.makespans([start])[0])
+        return Placement(start, candidates.recompute(start), makespan, makespan)
+    best = improve(candidates, start)
+    best, bound = fastest(candidates, best)
     makespan = float(candidates.makespans([best])[0])
-    return Placement(best, candidates.recompute(best), makespan, makespan)
+    return Placement(best, candidates.recompute(best), makespan, bound)
