@@ -15,11 +15,13 @@ import dispatch_cases
 import gate_cases
 import loss_cases
 import overlap_cases
+import planned_cases
 import verify_on_ranks as on_ranks
 from distributed import ranks
 from experiments import MOE, experiment, layout
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.auto import placed
 from megatron_moe.plan.layout import Layout
 from megatron_moe.training.verify_report import Report
 
@@ -44,6 +46,7 @@ LAYOUTS: dict[str, Sections] = {
     **gate_cases.GATE_LAYOUTS,
     **loss_cases.LOSS_LAYOUTS,
     **overlap_cases.OVERLAP_LAYOUTS,
+    **planned_cases.PLANNED_LAYOUTS,
     # two ranks
     "DP2": {"parallel": layout(dp=2)},
     "TP2 dense, no SP": {"moe": None, "parallel": layout(tp=2, sequence_parallel=False)},
@@ -147,8 +150,8 @@ SECOND_PAIR = (
 
 
 def experiment_of(sections: Sections) -> Experiment:
-    """The case's experiment, filled."""
-    return experiment(**sections)
+    """The case's experiment, filled and its stages placed."""
+    return placed(experiment(**sections), None)
 
 
 def verify(
@@ -160,7 +163,7 @@ def verify(
     **sections: Any,
 ) -> Report:
     """Both parts, as the command runs them: the layout's ranks, then one process."""
-    under_layout = experiment(parallel=parallel, **sections)
+    under_layout = experiment_of({"parallel": parallel, **sections})
     of_model = {key: value for key, value in sections.items() if key not in ("pipeline", "recompute")}
     alone = experiment(parallel=layout(dp=1, expert_model_parallel_size=1), **of_model)
     change = on_ranks.pad if padded else fault
