@@ -408,8 +408,7 @@ def _plan_inference(args: argparse.Namespace) -> int:
     from megatron_moe.plan.inference_table import run
 
     loaded = load(args.config, args.overrides)
-    dtype = args.dtype or "bf16"
-    run(loaded, args.gpus, args.json, batch=args.batch or 1, context=args.context, dtype=dtype)
+    run(loaded, args.gpus, args.json, batch=args.batch or 1, context=args.context, dtype=args.dtype or "bf16")
     return 0
 
 

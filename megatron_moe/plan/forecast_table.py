@@ -11,7 +11,7 @@ from megatron_moe.plan import devices
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.tables import print_table
-from megatron_moe.plan.wording import SECONDS, count, duration, flops, in_one_unit, percent, plural
+from megatron_moe.plan.wording import SECONDS, count, duration, flops, in_one_unit, number, percent, plural
 
 _ALWAYS_SHOWN = ("pipeline", "iteration")
 
@@ -57,14 +57,13 @@ def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:
     speed = forecast.tokens_per_second_per_gpu
     device = devices.noun(experiment)
     together = f", {count(speed * ranks)} on all {ranks:,}" if ranks > 1 else ""
-    console.print(f"Speed   {speed:,.4g} tokens/s/{device}{together}")
-    tflops = f"{forecast.tflops_per_gpu:,.4g} TFLOP/s/{device}"
+    console.print(f"Speed   {number(speed)} tokens/s/{device}{together}")
+    tflops = f"{number(forecast.tflops_per_gpu)} TFLOP/s/{device}"
     if forecast.mfu is None:
         console.print(f"MFU     not known without launch.cluster.peak_tflops; {tflops}")
     else:
-        console.print(
-            f"MFU     {percent(forecast.mfu)}: {tflops} of {forecast.tflops_per_gpu / forecast.mfu:,.4g}"
-        )
+        peak = number(forecast.tflops_per_gpu / forecast.mfu)
+        console.print(f"MFU     {percent(forecast.mfu)}: {tflops} of {peak}")
     tokens = count(float(iterations) * sequences * length)
     console.print(
         f"Budget  {tokens} tokens = {plural(iterations, 'iteration')} x {sequences:,} x {length:,}: "

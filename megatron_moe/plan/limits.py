@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from statistics import fmean
 
 from megatron_moe.plan.forecast import Forecast, RankForecast
+from megatron_moe.plan.wording import memory, percent
 
-_GIB = 2**30
 _WORTH_SAYING = 0.05
 """Parts of an iteration below this limit nothing."""
 _TIGHT = 0.05
@@ -33,7 +33,7 @@ def _memory(forecast: Forecast) -> Iterator[str]:
         others = f", and {len(lacking) - 1} more lack less" if len(lacking) > 1 else ""
         yield (
             f"It does not fit: pipeline rank {worst.pipeline_rank} needs "
-            f"{-_headroom(worst) / _GIB:.1f} GiB more{others}."
+            f"{memory(-_headroom(worst))} more{others}."
         )
         return
     known = [rank for rank in forecast.ranks if rank.memory.headroom is not None]
@@ -44,7 +44,7 @@ def _memory(forecast: Forecast) -> Iterator[str]:
         if _headroom(least) < _TIGHT * limit:
             yield (
                 f"Memory is tight: pipeline rank {least.pipeline_rank} has "
-                f"{_headroom(least) / _GIB:.1f} of {limit / _GIB:.0f} GiB left."
+                f"{memory(_headroom(least))} of {memory(limit)} left."
             )
 
 
@@ -60,7 +60,8 @@ def _slowest_rank(forecast: Forecast, num_microbatches: int) -> Iterator[tuple[f
     share = num_microbatches * (max(times) - fmean(times)) / forecast.iteration_s
     yield (
         share,
-        f"Pipeline rank {slowest} computes {above:.0%} longer than the mean, and the others wait for it.",
+        f"Pipeline rank {slowest} computes {percent(above)} longer than the mean, and the others wait for "
+        "it.",
     )
 
 
@@ -72,7 +73,7 @@ def _bubble(forecast: Forecast, num_microbatches: int) -> Iterator[tuple[float, 
     more = "more microbatches, fewer stages or parallel.virtual_pipeline_model_parallel_size"
     yield (
         share,
-        f"Filling and draining the pipeline takes {share:.0%} of an iteration with {num_microbatches} "
+        f"Filling and draining the pipeline takes {percent(share)} of an iteration with {num_microbatches} "
         f"microbatches: {more} would shorten it.",
     )
 
@@ -85,4 +86,4 @@ def _waits(forecast: Forecast) -> Iterator[tuple[float, str]]:
     }
     for name, seconds in waits.items():
         share = seconds / forecast.iteration_s
-        yield share, f"{name} takes {share:.0%} of an iteration."
+        yield share, f"{name} takes {percent(share)} of an iteration."

@@ -11,10 +11,10 @@ from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.stages import Stage
 from megatron_moe.plan.tables import print_table
 from megatron_moe.plan.wording import BYTES, SECONDS, count, in_one_unit, number_list, percent, plural
+from megatron_moe.plan.wording import memory as memory_of
 
 _SHOWN_CHUNKS = 4
 _TOO_MUCH = "[bold red]{} ![/]"
-_GIB = 2.0**30
 
 
 def print_stages(console: Console, plan: Plan) -> None:
@@ -72,23 +72,22 @@ def print_memory(console: Console, plan: Plan) -> None:
         del columns["free"]
     if len(ranks) == 1:
         del columns["PP\nrank"], columns["in\nflight"]
-    of_limit = "" if limit is None else f", of {limit / _GIB:.4g} GiB"
+    of_limit = "" if limit is None else f", of {memory_of(limit)}"
     console.print(f"[bold]Memory of each rank[/] in {unit}{of_limit}")
     print_table(console, columns)
     if limit is None:
         console.print("How much there is, is not known: launch.cluster.memory_gib says it.\n")
     if any((memory.headroom or 0) < 0 for memory in memories):
-        console.print(f"[bold red]![/] does not fit into the {(limit or 0) / _GIB:.4g} GiB.\n")
+        console.print(f"[bold red]![/] More than the {memory_of(limit or 0.0)} that are there.\n")
 
 
 def _title(plan: Plan) -> str:
     layers = plural(sum(len(stage.layers) for stage in plan.stages), "layer")
-    if plan.layout.num_stages == 1:
-        return f"One stage of {layers}"
     chunks = plan.layout.virtual_pipeline_model_parallel_size
-    schedule = f"interleaved 1F1B, {chunks} chunks a rank" if chunks > 1 else "1F1B"
+    schedule = f"interleaved 1F1B (VPP {chunks})" if chunks > 1 else "1F1B"
+    stages = plural(plan.layout.num_stages, "stage") + (f", {schedule}" if plan.layout.num_stages > 1 else "")
     microbatches = f"{plan.num_microbatches:,} microbatch{'es' * (plan.num_microbatches != 1)}"
-    return f"{layers} on {plural(plan.layout.num_stages, 'stage')}: {schedule}, {microbatches} an iteration"
+    return f"{layers} on {stages}, {microbatches} an iteration"
 
 
 def _holds(stages: Sequence[Stage]) -> str:

@@ -28,6 +28,17 @@ def size(value: float) -> str:
     return _scaled(value, (" B", " KB", " MB", " GB", " TB"))
 
 
+def number(value: float) -> str:
+    """A number in four digits: `15,190`, `717.7`, `0.03391`."""
+    return f"{float(f'{value:.4g}'):,.12g}"
+
+
+def memory(value: float) -> str:
+    """Bytes of a memory in three digits: `4.20 GiB`."""
+    unit, text = in_one_unit([value], BYTES)
+    return f"{text(value)} {unit}"
+
+
 def _scaled(value: float, units: Sequence[str]) -> str:
     exponent = 0
     while float(f"{value:.4g}") >= 1000 and exponent < len(units) - 1:

@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_said_first() -> None:
     )
     assert forecast.limits[0].startswith("It does not fit: pipeline rank 0 needs ")
     worst = max(-(rank.memory.headroom or math.nan) for rank in forecast.ranks)
-    assert f"needs {worst / 2**30:.1f} GiB more" in forecast.limits[0]
+    assert f"needs {worst / 2**20:,.0f} MiB more" in forecast.limits[0]
 
 
 def test_the_forecast_survives_the_file_of_the_plan() -> None:
