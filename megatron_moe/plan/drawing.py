@@ -74,7 +74,7 @@ def figure_of(name: str, device: str, plan: Plan, timeline: Timeline, recompute_
     unit, number = in_one_unit([memory.total for memory in memories], BYTES)
     place = (_LEFT / _WIDTH, _BOTTOM / height, 1 - (_LEFT + _WORDS) / _WIDTH, rows / height)
     panel = figure.add_axes(place)
-    memory_panel.draw_memory(panel, memories, unit, dict(BYTES)[unit])
+    memory_panel.draw_memory(panel, memories, dict(BYTES)[unit])
     timeline_panel.label_rows(panel, len(memories))
     totals = [number(memory.total) + _free(memory, number) for memory in memories]
     _behind_rows(panel, totals, [RED if (memory.headroom or 0) < 0 else INK for memory in memories], row)

@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_moe.plan.forecast import MemoryForecast
 from megatron_moe.plan.picture_style import GREEN, PINK, RED, SKY
+from megatron_moe.plan.wording import memory
 
 _COLORS = {
     "weights": "#1f3a5f",
@@ -21,28 +22,32 @@ _COLORS = {
 }
 _BAR = 0.72
 """Height of a bar, of its row."""
+_FAR = 3.0
+"""Times what lies in memory, a limit is too far away to be drawn."""
 
 
-def draw_memory(panel: Axes, memories: Sequence[MemoryForecast], unit: str, unit_bytes: float) -> None:
+def draw_memory(panel: Axes, memories: Sequence[MemoryForecast], unit_bytes: float) -> None:
     """Draw into axes with a row a rank."""
     ranks = range(len(memories))
     before = [0.0] * len(memories)
     for name, color in _COLORS.items():
-        widths = [getattr(memory, name) / unit_bytes for memory in memories]
+        widths = [getattr(parts, name) / unit_bytes for parts in memories]
         panel.barh(ranks, widths, _BAR, before, color=color, edgecolor="white", linewidth=0.35)
         before = [start + width for start, width in zip(before, widths, strict=True)]
-    limit = memories[0].limit
-    panel.set_xlim(0, 1.01 * max(*before, 0.0 if limit is None else limit / unit_bytes))
+    largest, limit = max(before), memories[0].limit
+    is_near = limit is not None and limit / unit_bytes < _FAR * largest
+    panel.set_xlim(0, 1.01 * max(largest, limit / unit_bytes if limit is not None and is_near else 0.0))
     panel.grid(visible=False, axis="y")
     panel.xaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 2.5, 4, 5, 10]))
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     if limit is None:
         return
-    panel.axvline(limit / unit_bytes, color=RED, linewidth=1.2, linestyle=(0, (4, 2)))
+    if is_near:
+        panel.axvline(limit / unit_bytes, color=RED, linewidth=1.2, linestyle=(0, (4, 2)))
     panel.annotate(
-        f"limit {limit / unit_bytes:.4g} {unit}",
-        (limit / unit_bytes, 1.0),
-        xycoords=("data", "axes fraction"),
+        f"limit {memory(limit)}" + ("" if is_near else ", far to the right"),
+        (limit / unit_bytes, 1.0) if is_near else (1.0, 1.0),
+        xycoords=("data", "axes fraction") if is_near else "axes fraction",
         xytext=(0, 2),
         textcoords="offset points",
         ha="right",
@@ -54,5 +59,5 @@ def draw_memory(panel: Axes, memories: Sequence[MemoryForecast], unit: str, unit
 
 def legend(memories: Sequence[MemoryForecast]) -> list[Patch]:
     """A patch for each part that is there."""
-    there = [name for name in _COLORS if any(getattr(memory, name) > 0 for memory in memories)]
+    there = [name for name in _COLORS if any(getattr(parts, name) > 0 for parts in memories)]
     return [Patch(color=_COLORS[name], label=name) for name in there]

@@ -10,7 +10,7 @@ from megatron_moe.plan.forecast import MemoryForecast
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.stages import Stage
 from megatron_moe.plan.tables import print_table
-from megatron_moe.plan.wording import BYTES, SECONDS, count, in_one_unit, number_list, percent, plural
+from megatron_moe.plan.wording import BYTES, SECONDS, count, in_one_unit, number_list, plural
 from megatron_moe.plan.wording import memory as memory_of
 
 _SHOWN_CHUNKS = 4
@@ -32,19 +32,19 @@ def print_stages(console: Console, plan: Plan) -> None:
         "layers": [str(sum(len(stage.layers) for stage in stages)) for stages in held],
         "MoE": [str(sum(len(stage.moe_layers) for stage in stages)) for stages in held],
         "re-\ncomputed": [_recomputed(stages) for stages in held],
-        "parameters\na rank": [count(number) for number in parameters],
+        "param-\neters": [count(number) for number in parameters],
         f"forward\n{unit}": [seconds(rank.forward_s) for rank in ranks],
         f"backward\n{unit}": [seconds(rank.backward_s) for rank in ranks],
-        "idle": [percent(rank.idle_s / plan.forecast.pipeline_s) for rank in ranks],
+        "idle\n%": [f"{100 * rank.idle_s / plan.forecast.pipeline_s:.1f}" for rank in ranks],
     }
     if columns["MoE"] == columns["layers"] or not plan.num_moe_experts:
         del columns["MoE"]
     if set(columns["re-\ncomputed"]) == {"0"}:
         del columns["re-\ncomputed"]
     if len(ranks) == 1:
-        del columns["PP\nrank"], columns["idle"]
+        del columns["PP\nrank"], columns["idle\n%"]
     console.print(f"[bold]{_title(plan)}[/]")
-    print_table(console, columns, left=["holds"])
+    print_table(console, columns, left=["holds"], folded=["holds"])
     modules = dict.fromkeys(name for stage in plan.stages for name in stage.recomputed_modules)
     if modules:
         console.print(f"The backward pass computes again in each layer: {', '.join(modules)}.\n")
