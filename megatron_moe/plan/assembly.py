@@ -37,6 +37,7 @@ def assemble(
         transfer_s=transfer_s,
         transfer_bytes=transfer_bytes,
         source=cluster.source if measured is None else measured.source,
+        mtp_embedding=memory.mtp_embedding(experiment, layout),
     )
 
 
