@@ -77,7 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_validate, _add_plan, _add_train, _add_verify, _add_preprocess, _add_doctor):
+    for add in (
+        _add_validate,
+        _add_plan,
+        _add_profile,
+        _add_train,
+        _add_verify,
+        _add_preprocess,
+        _add_doctor,
+    ):
         add(commands)
     return parser
 
@@ -193,6 +201,27 @@ def _add_inference(parser: argparse.ArgumentParser) -> None:
     add("--batch", metavar="B", type=_positive_int, help="sequences at once (default: 1)")
     add("--context", metavar="S", type=_positive_int, help="tokens of each (default: training.seq_length)")
     add("--dtype", choices=("bf16", "fp8"), help="of the weights (default: bf16)")
+
+
+def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "profile",
+        _profile,
+        "measure the pieces of a model here, for the planner",
+        "Measure on this machine what each kind of layer, the embedding and the loss head\n"
+        "take, forward, backward and computed again, in time and memory, with as many\n"
+        "ranks at once as training would start here. On GPUs, one stage's ranks. The\n"
+        "planner then uses these numbers instead of its model. Needs no data.",
+        f"{PROGRAM} profile configs/quickstart.yaml",
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="where to write them (default: profile.json in the run folder, where `plan` and `train` look)",
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -433,6 +462,12 @@ def _refuse_mixed(args: argparse.Namespace) -> None:
         raise InputError("--search needs --gpus, the number of ranks to lay the experiment over")
     if args.json and args.schedules:
         raise InputError("--schedules is a table: leave --json out")
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from megatron_moe.launch.profile_command import profile
+
+    return profile(args.config, args.overrides, args.output)
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -6,17 +6,22 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_moe.engine import overlap
 from megatron_moe.engine.segments import chunks_of_rank, segments
-from megatron_moe.engine.stopwatch import Stopwatch
 
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any]]]
 """(microbatches, model chunk) -> (output, loss function); Megatron-Core's contract."""
+
+
+class Timers(Protocol):
+    """What can take the place of Megatron-Core's timers for a while."""
+
+    def attached(self, config: Any) -> contextlib.AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,13 @@ def run(
     forward_step: ForwardStep,
     shapes: Shapes,
     forward_only: bool = False,
-    stopwatch: Stopwatch | None = None,
+    stopwatch: Timers | None = None,
 ) -> list[Any]:
     """Forward, and unless `forward_only` backward, over all microbatches of this replica.
 
     Args:
         batches: one iterator over the replica's microbatches for each chunk.
-        stopwatch: measures what the schedule does.
+        stopwatch: is told what the schedule does.
 
     Returns:
         What the loss function reported for each microbatch; empty except on the last stage.

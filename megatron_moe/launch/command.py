@@ -85,7 +85,7 @@ def train(config_path: Path, overrides: Sequence[str]) -> int:
         held=[job.locked.descriptor],
         stop_message=_STOPPING,
     )
-    return _tell(outcome)
+    return tell(outcome)
 
 
 def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: float | None) -> int:
@@ -116,7 +116,7 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
                 outcome = run_ranks(argv, ranks, _threads(part_of, ranks), at / "logs" / part, quiet=False)
                 if outcome.exit_code != exit_codes.DONE:
                     break
-            code = _tell(outcome)
+            code = tell(outcome)
     except Stopped:
         code = exit_codes.START_AGAIN
     # There is nothing to go on with.
@@ -139,7 +139,7 @@ def _threads(experiment: Experiment, ranks: int) -> int:
     return experiment.launch.threads_per_rank or local_ranks.threads_each(ranks)
 
 
-def _tell(outcome: Outcome) -> int:
+def tell(outcome: Outcome) -> int:
     """Say what went wrong, if anything did. Returns the exit code."""
     if outcome.problems:
         raise InputError(*outcome.problems)

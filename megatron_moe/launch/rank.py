@@ -76,7 +76,18 @@ def verify(folder: str, part: str, steps: str, tolerance: str) -> int:
     return run_part(at, part, experiment, int(steps), json.loads(tolerance))
 
 
-_COMMANDS: dict[str, Callable[..., int]] = {"train": train, "verify": verify}
+def profile(folder: str) -> int:
+    """One rank of `profile`, which measures the two experiments that lie in the folder."""
+    from megatron_moe.training.profile import run_part
+
+    at, world_size = Path(folder), int(os.environ["WORLD_SIZE"])
+    plain, recomputed = (
+        load(at / f"{name}.yaml", [], world_size).experiment for name in ("plain", "recomputed")
+    )
+    return run_part(at, plain, recomputed)
+
+
+_COMMANDS: dict[str, Callable[..., int]] = {"train": train, "verify": verify, "profile": profile}
 
 
 def _serve_store() -> Any:
