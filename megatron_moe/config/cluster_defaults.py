@@ -27,6 +27,7 @@ _PLAIN = (
     "inter_node_latency_us",
     "network_fraction",
     "all_to_all_fraction",
+    "overlap_fraction",
 )
 """The same for numbers that do not depend on the ranks."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_moe.config.rule import set_value
 from megatron_moe.config.schema.model import MultiLatentAttention
-from megatron_moe.plan.collectives import all_gather_s
+from megatron_moe.plan.collectives import all_gather_s, exposed_s
 from megatron_moe.plan.kernels import Cost
 from megatron_moe.plan.work import Work
 
@@ -78,4 +78,7 @@ def _core(work: Work, key: int, value: int, both: float) -> Cost:
     if experiment.model.spec == "native":
         return cost + Cost(gather_s, gather_s)
     # Transformer Engine passes keys and values on from rank to rank while it computes.
-    return cost + Cost(max(0.0, gather_s - cost.forward_s), max(0.0, 2 * gather_s - cost.backward_s))
+    return cost + Cost(
+        exposed_s(work.cluster, gather_s, cost.forward_s),
+        exposed_s(work.cluster, 2 * gather_s, cost.backward_s),
+    )

@@ -29,6 +29,7 @@ class Cluster:
         node_rate, node_latency_s: bytes that a rank sends to others of its node; of a message.
         network_rate, network_latency_s: the same to other nodes.
         all_to_all_fraction: part that an all-to-all reaches of the rates of other collectives.
+        overlap_fraction: part of the time of communication under computation that is saved.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Cluster:
     network_rate: float
     network_latency_s: float
     all_to_all_fraction: float
+    overlap_fraction: float
 
     @property
     def usable_bytes(self) -> float | None:
@@ -78,4 +80,5 @@ class Cluster:
             network_rate=set_value(given.inter_node_gb_s) * _GB * of_links,
             network_latency_s=set_value(given.inter_node_latency_us) * 1e-6,
             all_to_all_fraction=set_value(given.all_to_all_fraction),
+            overlap_fraction=set_value(given.overlap_fraction),
         )

@@ -126,15 +126,26 @@ def all_to_all_s(cluster: Cluster, group: Group, to_others_bytes: float) -> floa
     return exchange_s(cluster, within, to_others_bytes - within)
 
 
-def exchange_s(cluster: Cluster, within_bytes: float, between_bytes: float) -> float:
-    """An all-to-all in which a rank sends so many bytes within its node and to other nodes, both at once."""
+def exchange_s(
+    cluster: Cluster, within_bytes: float, between_bytes: float, fraction: float | None = None
+) -> float:
+    """An all-to-all in which a rank sends so many bytes within its node and to other nodes, both at once.
+
+    Args:
+        fraction: of the rates of other collectives; None: an all-to-all's.
+    """
     seconds = latency_s = 0.0
     if within_bytes:
         seconds, latency_s = within_bytes / cluster.node_rate, cluster.node_latency_s
     if between_bytes:
         seconds = max(seconds, between_bytes / cluster.network_rate)
         latency_s = cluster.network_latency_s
-    return latency_s + seconds / cluster.all_to_all_fraction
+    return latency_s + seconds / (cluster.all_to_all_fraction if fraction is None else fraction)
+
+
+def exposed_s(cluster: Cluster, communication_s: float, computation_s: float) -> float:
+    """What communication adds to the computation that it goes on under."""
+    return communication_s - cluster.overlap_fraction * min(communication_s, computation_s)
 
 
 def point_to_point_s(cluster: Cluster, crosses_nodes: bool, size_bytes: float) -> float:

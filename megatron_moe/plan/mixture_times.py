@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 
 from megatron_moe.config.capacity_factor import limit
 from megatron_moe.config.rule import set_value
@@ -101,8 +102,10 @@ def _travel_s(work: Work, moe: MoE) -> float:
         layout.expert_model_parallel_size, layout.expert_tensor_parallel_size, moe.moe_ranks_per_node
     )
     name = taken(moe, width, work.size, ranks)
+    if name == "flex":
+        return _by_nodes_s(work, moe)
     by_name = {journey.dispatcher: journey for journey in journeys(moe, width, work.size, ranks)}
-    journey: Journey = by_name["deduplicated" if name == "flex" else name]
+    journey: Journey = by_name[name]
     sent = journey.bytes * work.here / 2
     group = work.groups.experts
     if name == "allgather":
@@ -112,3 +115,16 @@ def _travel_s(work: Work, moe: MoE) -> float:
         between = sent * journey.bytes_between_nodes / journey.bytes
         return 2 * (exchange_s(cluster, sent - between, 0.0) + exchange_s(cluster, 0.0, between))
     return 2 * all_to_all_s(cluster, group, sent)
+
+
+def _by_nodes_s(work: Work, moe: MoE) -> float:
+    """The dispatcher `flex`: one copy of a token to each node that it has experts on, and from there one to
+    each rank (DeepEP). Its kernels reach on links what other collectives do."""
+    group, e, k = work.groups.experts, moe.num_moe_experts, moe.moe_router_topk
+    nodes, expert_ranks = group.nodes, work.layout.expert_model_parallel_size
+    copies_a_node = 1 - comb(e - e // min(nodes, expert_ranks), k) / comb(e, k)
+    copies_a_rank = 1 - comb(e - e // expert_ranks, k) / comb(e, k)
+    size = work.here * work.experiment.model.hidden_size * work.size * load(work, moe)
+    within = size * copies_a_rank * (group.size - 1)
+    between = size * copies_a_node * (nodes - 1)
+    return 2 * exchange_s(work.cluster, within, between, fraction=1.0)

@@ -6,7 +6,7 @@ from megatron_moe.config.rule import set_value
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.attention_times import attention
 from megatron_moe.plan.cluster import Cluster
-from megatron_moe.plan.collectives import all_gather_s, point_to_point_s, reduce_scatter_s
+from megatron_moe.plan.collectives import all_gather_s, exposed_s, point_to_point_s, reduce_scatter_s
 from megatron_moe.plan.costs import padded_vocab_size
 from megatron_moe.plan.feed_forward_times import feed_forward
 from megatron_moe.plan.kernels import Cost
@@ -19,9 +19,6 @@ from megatron_moe.plan.work import Work
 
 __all__ = ["after_pieces", "after_pipeline", "times", "transfer"]
 
-_HIDDEN_BY_BATCHES = 0.85
-"""Part of an all-to-all that the other microbatch hides at most: the first and the last have no other, and
-communication takes some of the GPU."""
 _LOSS_BYTES = (30, 16)
 """Of each logit, forward and backward: the cross entropy in float32, in several kernels."""
 
@@ -97,8 +94,8 @@ def _exposed_s(work: Work, parts: Mixture, layer: Cost) -> tuple[float, float]:
     if moe.overlap_moe_expert_parallel_comm:
         # Under the other microbatch's other pass.
         return (
-            travel_s - _HIDDEN_BY_BATCHES * min(travel_s, layer.backward_s),
-            travel_s - _HIDDEN_BY_BATCHES * min(travel_s, layer.forward_s),
+            exposed_s(work.cluster, travel_s, layer.backward_s),
+            exposed_s(work.cluster, travel_s, layer.forward_s),
         )
     exposed = []
     for computed_s, shared_s in (
@@ -107,10 +104,10 @@ def _exposed_s(work: Work, parts: Mixture, layer: Cost) -> tuple[float, float]:
     ):
         rest_s = travel_s
         if moe.moe_shared_expert_overlap:
-            rest_s -= min(rest_s, shared_s)
+            rest_s = exposed_s(work.cluster, rest_s, shared_s)
         # The first part's way there and the last one's way back have nothing to hide under.
         others = 1 - 1 / moe.moe_overlap_degree
-        exposed.append(rest_s - min(rest_s * others, computed_s * others))
+        exposed.append(rest_s * (1 - others) + exposed_s(work.cluster, rest_s * others, computed_s * others))
     return exposed[0], exposed[1]
 
 

@@ -17,6 +17,7 @@ from megatron_moe.plan.collectives import (
     Groups,
     all_gather_s,
     all_reduce_s,
+    exposed_s,
     group,
     reduce_scatter_s,
 )
@@ -79,9 +80,9 @@ def after_pieces(
         reduce_s += reduce_scatter_s(cluster, replicas, count * of_gradient)
         gather_s += all_gather_s(cluster, replicas, count * size)
     if parallel.overlap_grad_reduce:
-        reduce_s = max(0.0, reduce_s - backward_s)
+        reduce_s = exposed_s(cluster, reduce_s, backward_s)
     if parallel.overlap_param_gather:
-        gather_s = max(0.0, gather_s - forward_s)
+        gather_s = exposed_s(cluster, gather_s, forward_s)
     if pieces.get("embedding") or pieces.get("head"):
         reduce_s += _tied_embedding_s(experiment, layout, cluster, of_gradient)
     update_s = _update_s(experiment, cluster, dense, groups.replicas, size)

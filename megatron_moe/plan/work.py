@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.cluster import Cluster
-from megatron_moe.plan.collectives import Groups, all_gather_s, all_reduce_s, reduce_scatter_s
+from megatron_moe.plan.collectives import Groups, all_gather_s, all_reduce_s, exposed_s, reduce_scatter_s
 from megatron_moe.plan.kernels import Cost, Kernels
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.precision import element_size
@@ -70,10 +70,11 @@ class Work:
         if self.experiment.parallel.sequence_parallel:
             gather_s = all_gather_s(cluster, group, size)
             to_input_s = cost.backward_s - cost.weight_gradient_s
-            late_s = max(0.0, gather_s - to_input_s)
-            late_s += max(0.0, reduce_scatter_s(cluster, group, size) - cost.weight_gradient_s)
+            late_s = exposed_s(cluster, gather_s, to_input_s)
+            late_s += exposed_s(cluster, reduce_scatter_s(cluster, group, size), cost.weight_gradient_s)
             return cost + Cost(gather_s, late_s)
-        return cost + Cost(0.0, max(0.0, all_reduce_s(cluster, group, size) - cost.weight_gradient_s))
+        reduce_s = all_reduce_s(cluster, group, size)
+        return cost + Cost(0.0, exposed_s(cluster, reduce_s, cost.weight_gradient_s))
 
     def rows(self, inner: float, columns: int) -> Cost:
         """A product whose inner width TP ranks share, with the sum over them behind it."""

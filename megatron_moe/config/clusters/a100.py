@@ -23,4 +23,5 @@ PRESET = Preset(
     inter_node_latency_us=15.0,  # stated: one step of NCCL's ring between nodes
     network_fraction=0.80,  # stated: NCCL's bus bandwidth over the datasheet's
     all_to_all_fraction=0.65,  # stated: the same for all-to-all, whose messages are smaller
+    overlap_fraction=0.50,  # stated: the rest is taken from computation
 )

@@ -33,3 +33,4 @@ class Preset:
     inter_node_latency_us: float
     network_fraction: float
     all_to_all_fraction: float
+    overlap_fraction: float

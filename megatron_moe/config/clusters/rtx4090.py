@@ -23,4 +23,5 @@ PRESET = Preset(
     inter_node_latency_us=25.0,  # stated
     network_fraction=0.45,  # stated: each byte crosses the host's memory
     all_to_all_fraction=0.35,  # stated
+    overlap_fraction=0.50,  # stated: the rest is taken from computation
 )

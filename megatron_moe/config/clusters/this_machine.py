@@ -95,6 +95,7 @@ def _of_host(host: Host, ranks: int) -> Preset:
         inter_node_latency_us=150.0,  # stated
         network_fraction=0.80,  # stated
         all_to_all_fraction=0.60,  # stated
+        overlap_fraction=0.25,  # stated: the same cores do both
     )
 
 

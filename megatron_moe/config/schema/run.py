@@ -109,6 +109,9 @@ class Cluster(Section):
     """Part of the links' bandwidth that collectives reach. Default: the preset's."""
     all_to_all_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Part of it that the experts' all-to-all reaches. Default: the preset's."""
+    overlap_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Part of the time of communication under computation that is saved; the rest it takes from computation.
+    Default: the preset's."""
 
 
 class Launch(Section):
