@@ -14,6 +14,8 @@ KINDS = ("forward", "recompute", "backward", "weight gradients", "reduce and gat
 _NONE = -1
 _MOST_ROUNDS = 30
 """Forward and backward passes of a microbatch that stand side by side over a whole page; more are cut."""
+_LONG_TAIL = 0.3
+"""Part of the last window of the pipeline; what ends the iteration and is longer is cut."""
 
 Window = tuple[float, float]
 """Beginning and end of what is shown, in seconds."""
@@ -100,12 +102,23 @@ def boxes_of(timeline: Timeline, recompute_s: Sequence[float], forecast: Forecas
 
 
 def windows(boxes: Boxes) -> list[Window]:
-    """The whole iteration; of a long one the beginning, a piece of the middle, and the end."""
+    """The whole iteration; of a long one the beginning, a piece of the middle, and the end. A long time
+    behind the pipeline is cut, too."""
+    passes = boxes.of("forward", "recompute", "backward", "weight gradients")
+    pipeline, whole = float(boxes.end[passes].max()), float(boxes.end.max())
+    shown = _of_pipeline(boxes, pipeline)
+    last = shown[-1][1] - shown[-1][0]
+    if whole - pipeline <= _LONG_TAIL * last:
+        return [*shown[:-1], (shown[-1][0], whole)]
+    piece = _LONG_TAIL / 4 * last
+    return [*shown[:-1], (shown[-1][0], pipeline + piece), (whole - piece, whole)]
+
+
+def _of_pipeline(boxes: Boxes, whole: float) -> list[Window]:
+    """Windows of the passes, the last of which ends at `whole`."""
     forward, backward = boxes.of("forward"), boxes.of("recompute", "backward")
-    whole = float(boxes.end.max())
-    lengths = boxes.end - boxes.start
-    # The mean rank runs all its chunks' passes; a round is one forward and one backward of a chunk.
-    round_s = float(lengths[forward | backward].sum() / np.count_nonzero(forward))
+    # A round is one forward and one backward pass of a chunk.
+    round_s = float((boxes.end - boxes.start)[forward | backward].sum() / np.count_nonzero(forward))
     if whole <= _MOST_ROUNDS * round_s:
         return [(0.0, whole)]
     # The pipeline fills until the first rank's first backward pass, and drains from the last one's last

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megatron_moe.plan.boxes import KINDS, Boxes, Window, windows
 from megatron_moe.plan.picture_style import BLUE, GREEN, GREY, GRID, INK, ORANGE, PINK, SKY, YELLOW
+from megatron_moe.plan.wording import number
 
 _COLORS = dict(zip(KINDS, (BLUE, YELLOW, ORANGE, GREEN, SKY, PINK), strict=True))
 _NUMBERED = ("forward", "backward", "weight gradients")
@@ -25,6 +26,8 @@ _DIGIT = 0.64
 """Width of a digit, of its size."""
 _GAP = 0.16
 """Between the pieces of an iteration that is cut, in inches."""
+_TICK = 0.65
+"""Room for a time on the axis, in inches."""
 _PALEST = 0.45
 """White in the colour of a rank's last chunk."""
 
@@ -50,7 +53,7 @@ def draw_timeline(
         _rows(panel, boxes.ranks, window)
         _boxes(panel, seen, boxes.chunks)
         _numbers(panel, seen, 72 * inches_a_second, 72 * height / boxes.ranks)
-        _time_axis(panel, max(1, int(inches / 0.65)), unit_s)
+        _time_axis(panel, inches, unit_s)
         panel.tick_params(axis="y", left=False, labelleft=window is shown[0])
         left += inches + _GAP
         if window is not shown[-1]:
@@ -82,12 +85,15 @@ def _rows(panel: Axes, ranks: int, window: Window) -> None:
     panel.grid(visible=False)
 
 
-def _time_axis(panel: Axes, most_numbers: int, unit_s: float) -> None:
-    # Round numbers of the unit, not of seconds.
+def _time_axis(panel: Axes, inches: float, unit_s: float) -> None:
+    """Round numbers of the unit; in a narrow piece its end."""
     low, high = (limit / unit_s for limit in panel.get_xlim())
-    places = MaxNLocator(most_numbers, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    panel.set_xticks([place * unit_s for place in places if low <= place <= high])
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit_s:,.6g}"))
+    places = [high]
+    if inches > 2 * _TICK:
+        found = MaxNLocator(int(inches / _TICK), steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        places = [place for place in found if low <= place <= high]
+    panel.set_xticks([place * unit_s for place in places])
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value / unit_s)))
 
 
 def _boxes(panel: Axes, boxes: Boxes, chunks: int) -> None:
