@@ -22,10 +22,12 @@ from megatron_moe.config.layout_string import (
     layers_are_placed,
     layers_of,
     layers_per_stage,
+    mtp_of,
 )
 from megatron_moe.config.origin import Problem, shown
 from megatron_moe.config.reads import with_reads
 from megatron_moe.config.schema import Experiment, Section
+from megatron_moe.config.stage_counts import around_counts, is_counted
 
 _S = TypeVar("_S", bound=Section)
 
@@ -113,6 +115,23 @@ def _read_layout_string(filled: Filled) -> None:
         is_interleaved = ranks > 1 and len(layers) % ranks == 0
         filled.experiment = _with(filled.experiment, virtual, len(layers) // ranks if is_interleaved else 1)
         filled.derived[virtual] = (key,)
+    _place_mtp(filled, key, *mtp_of(text))
+
+
+def _place_mtp(filled: Filled, key: str, count: int, stage: int) -> None:
+    """Take from a layout string where multi-token prediction stands, or report what contradicts it."""
+    model, own = filled.experiment.model, "pipeline.mtp_stage"
+    given, mtp = filled.experiment.pipeline.mtp_stage, "model.mtp_num_layers"
+    if count != model.mtp_num_layers:
+        text = f"has {count or 'no'} m, and not one for each of {mtp}"
+        advice = f"write {model.mtp_num_layers} m" if model.mtp_num_layers else "leave m out"
+        filled.problems.append(Problem((key, mtp), text, f"{advice}, or change {mtp}"))
+    elif count and given not in (None, stage):
+        filled.problems.append(Problem((own, key), f"is not {stage}, where {key} has m", "leave it out"))
+        filled.experiment, filled.partial = _without(filled.experiment, key), True
+    elif count and given is None:
+        filled.experiment = _with(filled.experiment, own, stage)
+        filled.derived[own] = (key,)
 
 
 def _given(experiment: Experiment, key: str) -> bool:
@@ -214,6 +233,11 @@ def _layers_per_stage(e: Experiment, world_size: int | None) -> list[int]:
     p, layers = e.parallel, e.model.num_layers
     chunks = p.virtual_pipeline_model_parallel_size or 1
     stages = p.pipeline_model_parallel_size * chunks
+    if is_counted(e):
+        split = around_counts(e, stages)
+        if isinstance(split, Problem):
+            raise Underivable(split)
+        return split
     if layers % stages == 0:
         return [layers // stages] * stages
     if layers < stages:

@@ -12,6 +12,7 @@ from megatron_moe.config.layout_string import layers_are_placed, layers_per_stag
 from megatron_moe.config.origin import Problem
 from megatron_moe.config.rule import CP, DP, EP, ETP, PP, SP, TP, VPP, Problems, divides, set_value
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.stage_counts import FIRST, LAST
 
 MOST_RANKS = 1_000_000
 """More than any machine has."""
@@ -104,7 +105,7 @@ def stages_add_up(e: Experiment) -> Problems:
     if layers_are_placed(e):
         yield from _stages_can_be_placed(e)
         return
-    layers = layers_per_stage(e)
+    layers, own = layers_per_stage(e), e.pipeline.mtp_stage
     pp, vpp = (
         e.parallel.pipeline_model_parallel_size,
         set_value(e.parallel.virtual_pipeline_model_parallel_size),
@@ -119,9 +120,24 @@ def stages_add_up(e: Experiment) -> Problems:
         text = f"adds up to {sum(layers)} layers and not to model.num_layers"
         even = [(e.model.num_layers + stage) // len(layers) for stage in range(len(layers))][::-1]
         yield Problem((key, "model.num_layers"), text, f"for example {even}")
-    elif 0 in layers[1:-1]:
-        text = f"leaves stage {layers.index(0, 1) + 1} without a layer, embedding or loss"
+    elif empty := [stage for stage in range(1, len(layers) - 1) if not layers[stage] and stage != own]:
+        text = f"leaves stage {empty[0] + 1} without a layer, embedding or loss"
         yield Problem((key,), text, "give it at least 1 layer, or use fewer stages")
+
+
+def counts_agree(e: Experiment) -> Problems:
+    """Where layers of the first or last stage are said twice."""
+    key, p = "pipeline.layers_per_stage", e.pipeline
+    for own, count, place in (
+        (FIRST, p.num_layers_in_first_stage, 0),
+        (LAST, p.num_layers_in_last_stage, -1),
+    ):
+        if count is None:
+            continue
+        if layers_are_placed(e):
+            yield Problem((own, key), f"stands beside {key}, which lets the planner say it", "leave one out")
+        elif layers_per_stage(e)[place:][:1] != [count]:
+            yield Problem((own, key), f"is not what {key} says of this stage", "leave one of the two out")
 
 
 def _stages_can_be_placed(e: Experiment) -> Problems:

@@ -1,8 +1,9 @@
 """Megatron's layout string: which layers each pipeline stage holds, in one line of text.
 
-    Et*3|(tt|)*29,L
+    Et*3|(tt|)*29,m|L
 
-`|` stands between stages; E is the embedding, t a transformer layer, L the loss. `*n` repeats the letter or
+`|` stands between stages; E is the embedding, t a transformer layer, m a multi-token-prediction layer, L the
+loss. `*n` repeats the letter or
 the parentheses before it, and commas are only there for the eye. Stages are in the order in which a token
 passes them, so that there are PP x VPP of them.
 """
@@ -21,7 +22,7 @@ AUTO = "auto"
 
 _PART = re.compile(r"(?P<part>\([^()]*\)|[^()*])(?:\*(?P<times>[0-9]+))?")
 
-_MEANING = "E (embedding), t (layer), L (loss), | (next stage)"
+_MEANING = "E (embedding), t (layer), m (multi-token prediction), L (loss), | (next stage)"
 
 
 class LayoutMistake(ValueError):
@@ -50,18 +51,30 @@ def layers_of(text: str) -> list[int]:
         raise LayoutMistake(
             f"has L in stage {stage}, where it is not last", "end the last stage with L, the loss"
         )
+    if "m" in joined and "t" in joined[joined.index("m") :]:
+        stage = next(number for number, stage in enumerate(stages, 1) if "m" in stage)
+        raise LayoutMistake(
+            f"has m in stage {stage}, before a layer", "put m, multi-token prediction, behind the last t"
+        )
+    if len(with_m := [number for number, stage in enumerate(stages, 1) if "m" in stage]) > 1:
+        raise LayoutMistake(
+            f"has m in stages {' and '.join(map(str, with_m))}",
+            "put all multi-token prediction into one stage",
+        )
     return [stage.count("t") for stage in stages]
+
+
+def mtp_of(text: str) -> tuple[int, int]:
+    """Multi-token-prediction layers of a right layout string, and the stage, from 0, that holds them."""
+    counts = [stage.count("m") for stage in stages_of(text)]
+    return sum(counts), counts.index(max(counts))
 
 
 def stages_of(text: str) -> list[str]:
     """The letters of each stage, repeats written out. Raises LayoutMistake."""
     letters = _written_out(text.replace(",", ""))
     for letter in letters:
-        if letter == "m":
-            raise LayoutMistake(
-                "has m, a multi-token-prediction layer, which this trainer does not build", "leave m out"
-            )
-        if letter not in "EtL|":
+        if letter not in "EtmL|":
             advice = f"use t*{letter} for repeats" if letter.isdigit() else f"use {_MEANING}"
             raise LayoutMistake(f'has "{letter}", which is no kind of layer', advice)
     return letters.split("|")

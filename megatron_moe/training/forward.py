@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.marks import mark
 
 Batch = Mapping[str, Tensor]
+_Padding = TypeVar("_Padding", Tensor, Tensor | None)
 
 
 def forward_step(
@@ -67,7 +68,7 @@ def forward_step(
     )
 
 
-def _marks(batch: Batch, padding: Tensor | None, tokens: Tensor) -> Tensor | None:
+def _marks(batch: Batch, padding: _Padding, tokens: Tensor) -> _Padding | Tensor:
     return mark(padding, tokens, batch["run_positions"]) if "run_positions" in batch else padding
 
 

@@ -10,7 +10,7 @@ from experiment_files import DENSE, loaded, problems
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe.config.layout_string import LayoutMistake, layers_of
+from megatron_moe.config.layout_string import LayoutMistake, layers_of, mtp_of
 
 KEY = "pipeline.layers_per_stage"
 PP, VPP = (f"parallel.{name}_parallel_size" for name in ("pipeline_model", "virtual_pipeline_model"))
@@ -22,7 +22,8 @@ _ONE = st.one_of(
 )
 _INSIDE = st.lists(_ONE, min_size=1, max_size=4).map("".join).filter(lambda text: text.strip(","))
 _GROUP = st.builds("({})*{}".format, _INSIDE, st.integers(0, 30))
-WRITTEN = st.builds("E{}L".format, st.lists(st.one_of(_ONE, _GROUP), max_size=6).map("".join))
+_END = st.sampled_from(["", "", "m", "|m", "m*2", "m|", ",m|", "|m*3|"])
+WRITTEN = st.builds("E{}{}L".format, st.lists(st.one_of(_ONE, _GROUP), max_size=6).map("".join), _END)
 """What a person may write."""
 SCRIBBLED = st.text(alphabet="EtL|()*,12m", max_size=14)
 """What a typing error may leave."""
@@ -38,11 +39,12 @@ def by_megatron(text: str) -> list[int] | None:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout as Theirs
 
     try:
-        layout = Theirs(text, 1)
-        layout.validate_layer_layout(layout.flatten_layout.count(LayerType.decoder), None)
+        layout = Theirs(text, Theirs.get_num_stages_from_str(text))
+        count = layout.flatten_layout.count
+        layout.validate_layer_layout(count(LayerType.decoder), count(LayerType.mtp) or None)
     except (AssertionError, IndexError):
         return None
-    return [stage.count(LayerType.decoder) for stage in layout.layout[0]]
+    return [stage[0].count(LayerType.decoder) for stage in layout.layout]
 
 
 @pytest.mark.second_pair
@@ -63,7 +65,8 @@ def test_what_megatron_core_cannot_read_is_refused(text: str) -> None:
 
 
 def test_megatrons_own_example() -> None:
-    assert layers_of("Et*3|(tt|)*29,L") == [3, *[2] * 29, 0]
+    assert layers_of("Et*3|(tt|)*29,m|L") == [3, *[2] * 29, 0, 0]
+    assert mtp_of("Et*3|(tt|)*29,m|L") == (1, 30)
 
 
 def test_a_string_becomes_a_list_and_says_the_virtual_stages(tmp_path: Path) -> None:
@@ -85,7 +88,9 @@ def test_a_string_becomes_a_list_and_says_the_virtual_stages(tmp_path: Path) -> 
     [
         ("Et|x|tL", 'has "x", which is no kind of layer'),
         ("Et3|tL", "use t*3 for repeats"),
-        ("Etm|tttL", "has m, a multi-token-prediction layer, which this trainer does not build"),
+        ("Etm|tttL", "has m in stage 1, before a layer"),
+        ("Ettt|tmmL", "has 2 m, and not one for each of model.mtp_num_layers (0, default); leave m out"),
+        ("Ett|ttm|mL", "has m in stages 2 and 3; put all multi-token prediction into one stage"),
         ("tt|ttL", "has no E; write one E, the embedding, first of all"),
         ("EtEt|ttL", "has 2 E"),
         ("t|Ettt|L", "has E in stage 2, where it is not first"),
@@ -107,3 +112,55 @@ def test_mistakes(tmp_path: Path, text: str, words: str) -> None:
     (line,) = problems(tmp_path, DENSE, [f"{PP}=2", f'{KEY}="{text}"'])
     assert line.startswith(f"override {KEY}: ") and words in line
     assert text in line
+
+
+def test_a_string_says_where_multi_token_prediction_stands(tmp_path: Path) -> None:
+    depths = ["model.mtp_num_layers=2", f"{PP}=4"]
+    found = loaded(tmp_path, DENSE, *depths, f'{KEY}="Ett|tt|mm|L"').experiment.pipeline
+    assert (found.layers_per_stage, found.mtp_stage) == ([2, 2, 0, 0], 2)
+    assert loaded(tmp_path, DENSE, *depths, f'{KEY}="E|tt|tt|mmL"').experiment.pipeline.mtp_stage == 3
+    (line,) = problems(tmp_path, DENSE, [*depths, f'{KEY}="E|tt|tt|L"'])
+    assert "has no m, and not one for each of model.mtp_num_layers (2, override); write 2 m" in line
+    (line,) = problems(tmp_path, DENSE, [*depths, f'{KEY}="Ett|tt|mm|L"', "pipeline.mtp_stage=3"])
+    assert line.startswith(f"override pipeline.mtp_stage: 3 is not 2, where {KEY}")
+
+
+FIRST, LAST = "pipeline.num_layers_in_first_stage", "pipeline.num_layers_in_last_stage"
+TEN = ["model.num_layers=10", f"{PP}=4"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "layers"),
+    [
+        ([f"{FIRST}=1"], [1, 3, 3, 3]),
+        ([f"{LAST}=1"], [3, 3, 3, 1]),
+        ([f"{FIRST}=2", f"{LAST}=0"], [2, 4, 4, 0]),
+        ([f"{FIRST}=4", f"{LAST}=6", f"{PP}=2"], [4, 6]),
+        ([f"{FIRST}=1", f"{LAST}=3", f"{PP}=2", f"{VPP}=2"], [1, 3, 3, 3]),
+        ([f"{FIRST}=10", f"{PP}=1"], [10]),
+        ([f"{FIRST}=1", f"{KEY}=[1, 2, 2, 5]"], [1, 2, 2, 5]),
+    ],
+)
+def test_counts_of_the_first_and_last_stage(tmp_path: Path, counts: list[str], layers: list[int]) -> None:
+    assert loaded(tmp_path, DENSE, *TEN, *counts).experiment.pipeline.layers_per_stage == layers
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        (
+            [f"{FIRST}=2"],
+            f"{FIRST}: 2 leaves 8 of model.num_layers (10, override), which do not divide evenly",
+        ),
+        (
+            [f"{FIRST}=2", f"{LAST}=3"],
+            f"{FIRST}: 2 plus {LAST} (3, override) leaves 5 of model.num_layers (10, override), which do not "
+            "divide over 2 other stages; change them",
+        ),
+        ([f"{LAST}=11"], f"{LAST}: 11 is more than model.num_layers (10, override)"),
+        ([f"{FIRST}=4", f"{LAST}=4", f"{PP}=2"], "is 8, and not model.num_layers (10, override)"),
+    ],
+)
+def test_counts_that_leave_no_even_rest(tmp_path: Path, counts: list[str], words: str) -> None:
+    (line,) = problems(tmp_path, DENSE, [*TEN, *counts])
+    assert words in line

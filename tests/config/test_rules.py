@@ -13,6 +13,7 @@ from device_rule_cases import DEVICE_CASES
 from dispatch_rule_cases import DISPATCH_CASES
 from experiment_files import DENSE, MOE, problems
 from loss_rule_cases import LOSS_CASES
+from mtp_rule_cases import MTP_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
 from overlap_rule_cases import OVERLAP_CASES
 from recompute_rule_cases import RECOMPUTE_CASES
@@ -378,6 +379,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *RECOMPUTE_CASES,
     *ROUTER_CASES,
     *LOSS_CASES,
+    *MTP_CASES,
     *SINK_CASES,
     *STRUCTURE_CASES,
 ]
