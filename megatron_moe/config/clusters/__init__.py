@@ -1,8 +1,8 @@
 """Machines whose figures are known: one file each, with the source of every number.
 
 Where a file says "datasheet", the vendor's published figures are meant, dense and without sparsity. "Stated"
-numbers are ours: what programs reach of the datasheet's figures. They are the same for every model and layout
-that is planned on the machine; docs/planner.md holds them against published runs.
+and "calibrated" numbers are ours: what programs reach of the datasheet's figures, the latter chosen so that
+the published runs of docs/planner.md come out. They are the same for every model and layout on the machine.
 """
 
 from __future__ import annotations
