@@ -6,15 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_moe.plan.local_search import Candidates, Layers
+from megatron_moe.plan.candidates import TIE, Candidates, Layers
 from megatron_moe.plan.schedules.many import Rest, bounds, makespans
-from megatron_moe.plan.stage_options import StageOptions, cycles_between, options_of, rests_of
+from megatron_moe.plan.stage_options import StageOptions, at, cycles_between, options_of, rests_of
 
 if TYPE_CHECKING:
     from megatron_moe.plan.schedules.many import Seconds
     from megatron_moe.plan.stage_options import Numbers
 
-_TIE = 1e-9
 _AT_ONCE = 2048
 _EFFORT = 4e8
 """Passes times placements to simulate before the search gives up its proof: some seconds."""
@@ -42,14 +41,19 @@ def fastest(candidates: Candidates, known: Layers) -> tuple[Layers, float]:
     shortest = float(candidates.makespans([known])[0])
     # A rank runs all its passes one after the other, so that none may take more than its part.
     options = options_of(candidates, shortest / candidates.num_microbatches)
-    rests = rests_of(options, candidates.transfer_s, _cycles(candidates, options, shortest))
+    rests = rests_of(
+        options,
+        candidates.num_microbatches,
+        candidates.transfer_s,
+        _cycles(candidates, options, shortest),
+    )
     best, effort = known, 0.0
     nothing = np.empty((0, 1))
-    root = _Open(nothing.astype(np.int64), nothing, nothing, np.array([_root_bound(candidates, rests[0])]))
+    root = _Open(nothing.astype(np.int64), nothing, nothing, rests[0].own[:1])
     stack = [root]
     while stack:
         here = stack.pop()
-        here = _subset(here, here.bound_s < shortest * (1 - _TIE))
+        here = _subset(here, np.flatnonzero(here.bound_s < shortest * (1 - TIE)))
         if not len(here.bound_s):
             continue
         if effort > _EFFORT:
@@ -68,15 +72,15 @@ def fastest(candidates: Candidates, known: Layers) -> tuple[Layers, float]:
                 candidates.transfer_s,
             )
             effort += 2 * spans.size * candidates.num_microbatches * candidates.num_stages
-            at = int(spans.argmin())
-            if spans[at] < shortest * (1 - _TIE):
-                shortest = float(spans[at])
-                best = tuple(int(n) for n in np.diff(below.ends[:, at], prepend=0))
+            least = int(spans.argmin())
+            if spans[least] < shortest * (1 - TIE):
+                shortest = float(spans[least])
+                best = tuple(int(n) for n in np.diff(below.ends[:, least], prepend=0))
             continue
         below = _bounded(candidates, below, rests[stage + 1])
         effort += 2 * below.bound_s.size * candidates.num_microbatches * (stage + 1)
         order = np.argsort(below.bound_s, kind="stable")
-        order = order[below.bound_s[order] < shortest * (1 - _TIE)]
+        order = order[below.bound_s[order] < shortest * (1 - TIE)]
         stack += [_subset(below, order[i : i + _AT_ONCE]) for i in range(0, len(order), _AT_ONCE)][::-1]
     proved = min((float(here.bound_s.min()) for here in stack), default=shortest)
     return best, min(shortest, proved)
@@ -86,11 +90,6 @@ def _cycles(candidates: Candidates, options: list[StageOptions], shortest: float
     """Cycle times up to that which the known makespan leaves room for."""
     least = min(float(table.both_s.min()) for table in options if len(table.first))
     return cycles_between(options, least, shortest / candidates.num_microbatches)
-
-
-def _root_bound(candidates: Candidates, rest: Rest) -> float:
-    """Through all stages, and the other microbatches through the slowest forward or backward."""
-    return float(rest.through[0] + (candidates.num_microbatches - 1) * rest.stay[0])
 
 
 def _subset(here: _Open, which: Numbers) -> _Open:
@@ -120,14 +119,12 @@ def _bounded(candidates: Candidates, here: _Open, rest: Rest) -> _Open:
     """With better bounds."""
     import numpy as np
 
-    ends = here.ends[-1]
-    behind = Rest(rest.through[ends], rest.stay[ends], rest.cycle[ends], rest.walks[:, ends])
     bound = bounds(
         here.forward_s,
         here.backward_s,
         candidates.num_stages,
         candidates.num_microbatches,
         candidates.transfer_s,
-        behind,
+        at(rest, here.ends[-1]),
     )
     return _Open(here.ends, here.forward_s, here.backward_s, np.maximum(bound, here.bound_s))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.plan.candidates import Candidates, Layers
 from megatron_moe.plan.exact_search import fastest
-from megatron_moe.plan.local_search import Candidates, improve, least_missing
+from megatron_moe.plan.fitting import NothingFits, fitting, nothing_fits
+from megatron_moe.plan.interleaved_search import fastest_interleaved
+from megatron_moe.plan.local_search import improve
 from megatron_moe.plan.rank_choices import RankChoices
 from megatron_moe.plan.units import Units
+
+__all__ = ["NothingFits", "Placement", "place"]
 
 
 @dataclass(frozen=True)
@@ -31,18 +35,6 @@ class Placement:
         return 1 - self.bound_s / self.makespan_s if self.makespan_s else 0.0
 
 
-class NothingFits(InputError):
-    """No placement fits the memory.
-
-    Attributes:
-        missing_bytes: of each pipeline rank, in the placement in which the worst rank misses least.
-    """
-
-    def __init__(self, message: str, missing_bytes: Sequence[float]) -> None:
-        super().__init__(message)
-        self.missing_bytes = tuple(missing_bytes)
-
-
 def place(
     units: Units,
     *,
@@ -55,18 +47,18 @@ def place(
     method: str,
     mtp_stage: int | None,
 ) -> Placement:
-    """The fastest placement that fits.
+    """The fastest placement that fits; of equally fast ones one with little recomputation, and even.
 
     Args:
         pipeline_size, chunks: PP and VPP.
-        num_microbatches: of an iteration; with VPP a multiple of PP.
+        num_microbatches: of an iteration; with VPP above 1 a multiple of PP.
         memory_bytes: what a rank may use; None: not known, everything fits.
         fixed_layers: the layers of each stage where they are given.
         fixed_recompute: the recompute count of each pipeline rank where they are given.
         method: of recomputing whole layers, `block` or `uniform`.
         mtp_stage: the stage with the multi-token-prediction layers; None: the last.
 
-    Raises NothingFits.
+    Raises NothingFits, with what is missing and what would do.
     """
     choices = RankChoices(
         units,
@@ -78,16 +70,20 @@ def place(
         method=method,
         mtp_stage=mtp_stage,
     )
-    candidates = Candidates(choices, pipeline_size, chunks, num_microbatches, units.transfer_s)
-    start = candidates.even() if fixed_layers is None else tuple(fixed_layers)
-    if fixed_layers is None:
-        start = least_missing(candidates, start)
-    if any(missing := candidates.missing(start)):
-        raise NothingFits(f"needs {max(missing):.4g} bytes more", missing)
-    if fixed_layers is not None or pipeline_size == 1:
-        makespan = float(candidates.makespans([start])[0])
-        return Placement(start, candidates.recompute(start), makespan, makespan)
-    best = improve(candidates, start)
-    best, bound = fastest(candidates, best)
+    candidates = Candidates(choices, num_microbatches)
+    start = fitting(candidates) if fixed_layers is None else tuple(fixed_layers)
+    if any(candidates.missing(start)):
+        raise nothing_fits(candidates, start, has_fixed_layers=fixed_layers is not None)
+    best, bound = start, None
+    if fixed_layers is None and pipeline_size > 1:
+        best, bound = _fastest(candidates, start)
     makespan = float(candidates.makespans([best])[0])
-    return Placement(best, candidates.recompute(best), makespan, bound)
+    return Placement(best, candidates.recompute(best), makespan, makespan if bound is None else bound)
+
+
+def _fastest(candidates: Candidates, start: Layers) -> tuple[Layers, float]:
+    near = improve(candidates, start)
+    search = fastest if candidates.chunks == 1 else fastest_interleaved
+    best, bound = search(candidates, near)
+    # Of equally fast ones the search takes whichever it meets first.
+    return (best if best == near else improve(candidates, best)), bound

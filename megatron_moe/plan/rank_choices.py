@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_moe.plan.schedules.in_flight import peaks
+from megatron_moe.plan.schedules.orders import ScheduleName
 from megatron_moe.plan.stage_units import StageCost, stage_cost
 from megatron_moe.plan.units import Units
 
@@ -46,12 +47,15 @@ class RankChoices:
     ) -> None:
         self.units = units
         self.pipeline_size = pipeline_size
+        self.chunks = chunks
         self.num_stages = pipeline_size * chunks
+        self.num_microbatches = num_microbatches
         self.fixed_recompute = fixed_recompute
         self._memory_bytes = memory_bytes
         self._method = method
+        self._given_mtp_stage = mtp_stage
         self._mtp_stage = self.num_stages - 1 if mtp_stage is None else mtp_stage
-        schedule = "1f1b" if chunks == 1 else "interleaved"
+        schedule: ScheduleName = "1f1b" if chunks == 1 else "interleaved"
         self._in_flight = [
             peaks(schedule, rank, pipeline_size, chunks, num_microbatches) for rank in range(pipeline_size)
         ]
@@ -72,6 +76,28 @@ class RankChoices:
         if key not in self._choices:
             self._choices[key] = self._find(rank, held)
         return self._choices[key]
+
+    def with_free_recompute(self) -> RankChoices:
+        """The same with the recompute counts free."""
+        return self._with(self.pipeline_size, None)
+
+    def on(self, pipeline_size: int) -> RankChoices:
+        """The same pieces on another number of ranks; recompute counts are free if any layer was recomputed,
+        else there are none again."""
+        none = self.fixed_recompute is not None and not any(self.fixed_recompute)
+        return self._with(pipeline_size, [0] * pipeline_size if none else None)
+
+    def _with(self, pipeline_size: int, fixed_recompute: Sequence[int] | None) -> RankChoices:
+        return RankChoices(
+            self.units,
+            pipeline_size=pipeline_size,
+            chunks=self.chunks,
+            num_microbatches=self.num_microbatches,
+            memory_bytes=self._memory_bytes,
+            fixed_recompute=fixed_recompute,
+            method=self._method,
+            mtp_stage=self._given_mtp_stage,
+        )
 
     def _find(self, rank: int, held: Sequence[range]) -> RankChoice:
         if self.fixed_recompute is not None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_moe.plan.local_search import Candidates
-from megatron_moe.plan.schedules.many import Rest
+from megatron_moe.plan.candidates import Candidates
+from megatron_moe.plan.schedules.many import Rest, bounds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _CYCLES = 128
 """Cycle times between which the least possible one is looked for."""
+_FEW = 2
+"""With up to so many microbatches a stage, what a pipeline's first and last ones cost counts: it is simulated
+for the stages left, too."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,7 @@ def options_of(candidates: Candidates, slowest_s: float) -> list[StageOptions]:
     for stage in range(num_stages):
         found = []
         for first in sorted(reached):
-            for following in range(first, num_layers + 1):
-                if following == first and 0 < stage < num_stages - 1:
-                    continue
+            for following in range(first + candidates.least_of(stage), num_layers + 1):
                 choice = candidates.choices.choice(stage, [range(first, following)])
                 cost = choice.costs[0]
                 if cost.forward_s + cost.backward_s - cost.recompute_s > slowest_s:
@@ -70,14 +71,22 @@ def options_of(candidates: Candidates, slowest_s: float) -> list[StageOptions]:
         goal = {row[0] for row in rows[stage]}
     tables = []
     for found in rows:
-        first, following = (np.array([row[column] for row in found], dtype=np.int64) for column in (0, 1))
-        forward, backward = (np.array([row[column] for row in found], dtype=float) for column in (2, 3))
-        begin = np.searchsorted(first, np.arange(num_layers + 2))
-        tables.append(StageOptions(first, following, forward, backward, begin))
+        first_layers = np.array([row[0] for row in found], dtype=np.int64)
+        tables.append(
+            StageOptions(
+                first=first_layers,
+                following=np.array([row[1] for row in found], dtype=np.int64),
+                forward_s=np.array([row[2] for row in found]),
+                backward_s=np.array([row[3] for row in found]),
+                begin=np.searchsorted(first_layers, np.arange(num_layers + 2)),
+            )
+        )
     return tables
 
 
-def rests_of(options: list[StageOptions], transfer_s: float, cycles: Seconds) -> list[Rest]:
+def rests_of(
+    options: list[StageOptions], num_microbatches: int, transfer_s: float, cycles: Seconds
+) -> list[Rest]:
     """For each stage, and the end: bounds of it and the stages behind it, one for each first layer; infinite
     where no way leads on.
 
@@ -93,7 +102,7 @@ def rests_of(options: list[StageOptions], transfer_s: float, cycles: Seconds) ->
     infinite = np.full(num_layers + 1, np.inf)
     at_end = infinite.copy()
     at_end[num_layers] = 0.0
-    rests = [Rest(at_end, at_end, at_end, np.full((depth, num_layers + 1), np.inf))]
+    rests = [Rest(at_end, at_end, at_end, at_end, np.full((depth, num_layers + 1), np.inf))]
     rests[0].walks[:, num_layers] = -np.inf
     # What the worst run of neighbours that ends at the stage takes beyond the cycle times.
     excess = np.full((len(cycles), num_layers + 1), np.inf)
@@ -106,6 +115,19 @@ def rests_of(options: list[StageOptions], transfer_s: float, cycles: Seconds) ->
         through = both + hop + behind.through[table.following]
         slowest = np.maximum(table.forward_s, table.backward_s)
         stay = np.maximum(slowest, behind.stay[table.following])
+        if is_last:
+            own = num_microbatches * both
+        elif num_microbatches > _FEW * len(options):
+            own = through + (num_microbatches - 1) * stay
+        else:
+            own = bounds(
+                table.forward_s[None],
+                table.backward_s[None],
+                len(rests) + 1,
+                num_microbatches,
+                transfer_s,
+                at(behind, table.following),
+            )
         walks = _walks(both, behind.walks[:, table.following] + hop)
         excess = np.maximum(excess[:, table.following], 0) + both + 2 * transfer_s - cycles[:, None]
         excess[excess >= 2 * transfer_s - 1e-12 * cycles[:, None]] = np.inf
@@ -114,13 +136,23 @@ def rests_of(options: list[StageOptions], transfer_s: float, cycles: Seconds) ->
         undercut = np.isfinite(excess)
         position = np.where(undercut.any(axis=0), undercut.argmax(axis=0), len(cycles)) - 1
         cycle = np.where(position >= 0, cycles[np.maximum(position, 0)], 0.0)
-        rests.append(Rest(_least(table, through), _least(table, stay), cycle, _least(table, walks)))
+        least_own = _least(table, own)
+        rests.append(
+            Rest(least_own, _least(table, through), _least(table, stay), cycle, _least(table, walks))
+        )
     return rests[::-1]
 
 
+def at(rest: Rest, layers: Numbers) -> Rest:
+    """The bounds for those first layers."""
+    return Rest(
+        rest.own[layers], rest.through[layers], rest.stay[layers], rest.cycle[layers], rest.walks[:, layers]
+    )
+
+
 def _walks(both: Seconds, inner: Seconds) -> Seconds:
-    """`Rest.walks` with a stage of these times before `inner`: [w, options]. A path goes round in the stage, or
-    through it and the stages behind it, time after time."""
+    """`Rest.walks` with a stage of these times before `inner`: [w, options]. A path goes round in the stage,
+    or through it and the stages behind it, time after time."""
     import numpy as np
 
     longest = len(inner)

@@ -13,8 +13,7 @@ def peaks(
 ) -> tuple[tuple[int, ...], ...]:
     """The microbatches in flight of each chunk, at the moments of which no other has as many of every chunk.
 
-    One of these moments is the one with most bytes, whatever a chunk keeps of a microbatch. For schedules that
-    keep activations until the backward pass.
+    One of these moments is the one with most bytes, whatever a chunk keeps of a microbatch.
     """
     if name == "1f1b":
         return ((min(pipeline_size - rank, num_microbatches),),)

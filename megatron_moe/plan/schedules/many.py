@@ -24,6 +24,7 @@ class Rest:
     """What is known of the stages behind the known ones, in each placement: bounds from below.
 
     Attributes:
+        own: the makespan of these stages as a pipeline of their own.
         through: seconds from the first pass of a microbatch there to the last: forwards, backwards and the
             transfers between; transfers to and from the known stages are in none of these numbers.
         stay: the slowest stage's forward or backward.
@@ -33,6 +34,7 @@ class Rest:
             the first stage's forward and ends with its backward, while all ranks run both in turn.
     """
 
+    own: Seconds
     through: Seconds
     stay: Seconds
     cycle: Seconds
@@ -69,9 +71,16 @@ def bounds(
     rest: Rest | None,
 ) -> Seconds:
     """The makespan of 1F1B, or a bound from below where only the first stages are given and a `rest`."""
+    import numpy as np
+
     if num_microbatches < pipeline_size:
-        return _any_order("1f1b", forward_s, backward_s, pipeline_size, num_microbatches, transfer_s, rest)
-    return _in_step(forward_s, backward_s, pipeline_size, num_microbatches, transfer_s, rest)
+        spans = _any_order("1f1b", forward_s, backward_s, pipeline_size, num_microbatches, transfer_s, rest)
+    else:
+        spans = _in_step(forward_s, backward_s, pipeline_size, num_microbatches, transfer_s, rest)
+    if rest is not None:
+        before = (forward_s + backward_s + 2 * transfer_s).sum(axis=0)
+        np.maximum(spans, before + rest.own, out=spans)
+    return spans
 
 
 def _in_step(
@@ -170,19 +179,20 @@ class _Beyond:
             self.sent[microbatch] = ended
 
     def answer(self, microbatch: int, heard: Seconds) -> None:
-        """Raise `heard` to when the gradient can arrive."""
+        """Raise `heard` to when the gradient of the next microbatch, from 0, can arrive at the earliest."""
         import numpy as np
 
         np.maximum(heard, self._back(microbatch), out=heard)
-        latest = microbatch + self.depth
-        earliest = max(self.depth - 1, latest - len(self.walks))
-        if microbatch <= self.num_microbatches - self.depth and latest > earliest:
-            paths = self.sent[earliest:latest] + self.walks[len(self.walks) - (latest - earliest) :]
-            np.maximum(heard, paths.max(axis=0), out=heard)
-            np.maximum(heard, self.cycling + self.cycle + self.through - self.slack, out=heard)
+        # Before and behind that, the unknown ranks do not run forward and backward in turn.
+        first, behind = self.depth - 1, microbatch + self.depth
+        if behind > self.num_microbatches:
+            return
+        earliest = max(first, behind - len(self.walks))
+        paths = self.sent[earliest:behind] + self.walks[len(self.walks) - (behind - earliest) :]
+        np.maximum(heard, paths.max(axis=0), out=heard)
+        np.maximum(heard, self.cycling + self.cycle + self.through - self.slack, out=heard)
+        if microbatch >= first:
             self.cycling = np.maximum(self.cycling + self.cycle, self.sent[microbatch])
-            if microbatch < self.depth - 1:
-                self.cycling[:] = -np.inf
 
     def _back(self, microbatch: int) -> Seconds:
         """Through all stages, at once, or after others through the slowest."""
@@ -224,27 +234,29 @@ def _any_order(
     arrived: dict[tuple[Kind, int, int], Seconds] = {}
     asleep: dict[tuple[Kind, int, int], int] = {}
     awake = list(range(known_ranks))
-    staying = np.full(width, -np.inf)
+    beyond = None
+    if rest is not None:
+        beyond = _Beyond(rest, pipeline_size, num_microbatches, known_ranks, transfer_s)
     while awake:
         rank = awake.pop()
         order = orders[rank]
         while following[rank] < len(order):
             kind, stage, microbatch = order[following[rank]]
-            if (kind == "F" and stage) or (kind == "B" and (stage < num_stages - 1 or rest is not None)):
+            is_end = stage == num_stages - 1
+            if (kind == "F" and stage) or (kind == "B" and not is_end):
                 arrival = arrived.pop((kind, stage, microbatch), None)
                 if arrival is None:
                     asleep[kind, stage, microbatch] = rank
                     break
                 np.maximum(free[rank], arrival, out=free[rank])
+            if kind == "B" and is_end and beyond is not None:
+                beyond.answer(microbatch, free[rank])
             free[rank] += seconds[kind][stage]
+            if kind == "F" and is_end and beyond is not None:
+                beyond.hear(microbatch, free[rank])
             following[rank] += 1
             receiver: tuple[Kind, int, int] = (kind, stage + 1 if kind == "F" else stage - 1, microbatch)
-            arrival = free[rank] + transfer_s
-            if rest is not None and kind == "F" and stage == num_stages - 1:
-                receiver = ("B", stage, microbatch)
-                staying = np.maximum(staying + rest.stay, arrival + rest.through + transfer_s)
-                arrival = staying
-            arrived[receiver] = arrival
+            arrived[receiver] = free[rank] + transfer_s
             if receiver in asleep:
                 awake.append(asleep.pop(receiver))
     longest: Seconds = free.max(axis=0)
