@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moe.config.errors import InputError
@@ -26,7 +26,7 @@ from megatron_moe.plan.forecasting import foretell
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.search_space import Candidate, candidates, with_candidate
 from megatron_moe.plan.stages import stages_of
-from megatron_moe.plan.units import Unit, Units, pieces_of
+from megatron_moe.plan.units import LAYERS, Unit, Units, pieces_of
 
 SHOWN = 10
 _PLACED_AT_MOST = 120
@@ -107,7 +107,7 @@ def _estimate(
     changed = with_candidate(experiment, candidate)
     layout = Layout.of(changed)
     # Neither depends on how many chunks the stages are cut into, and DP settles PP.
-    key = replace(candidate, chunks=1, recompute="modules" if candidate.recompute == "modules" else "none")
+    key = replace(candidate, chunks=1, recompute=candidate.recompute)
     if key not in memo:
         memo[key] = _spread(changed, layout, cluster)
     units, after_s = memo[key]
@@ -122,10 +122,39 @@ def _estimate(
     recomputed = 0.0
     if limit is not None and kept > least:
         recomputed = min(1.0, max(0.0, (static + kept - limit) / (kept - least)))
-    busy = sum(piece.times.forward_s + piece.times.backward_s for piece in pieces)
-    busy += recomputed * sum(unit.times.recompute_s for unit in units.layers)
+    layer_s = [
+        unit.times.forward_s + unit.times.backward_s + recomputed * unit.times.recompute_s
+        for unit in units.layers
+    ]
+    beside_s = [
+        piece.times.forward_s + piece.times.backward_s for piece in pieces if piece.kind not in LAYERS
+    ]
+    busy = sum(layer_s) + sum(beside_s)
+    slowest = _slowest_rank_s(sum(layer_s) / len(layer_s), len(layer_s), beside_s, stages)
     filling = (stages - 1) * (busy / stages / candidate.chunks + 2 * units.transfer_s)
-    return _Estimate(microbatches * busy / stages + filling + after_s, lacking, candidate)
+    return _Estimate(microbatches * slowest + filling + after_s, lacking, candidate)
+
+
+def _slowest_rank_s(layer_s: float, layers: int, beside_s: Sequence[float], stages: int) -> float:
+    """The slowest of the ranks where whole layers are spread as evenly as they can be, those with the
+    embedding and the loss holding fewer."""
+    if stages == 1:
+        return layers * layer_s + sum(beside_s)
+    first, last = beside_s[0], sum(beside_s[1:])
+    times = sorted(
+        count * layer_s + beside
+        for beside in (0.0, first, last)
+        for count in range(layers // stages + 2 + int(max(first, last) / layer_s))
+    )
+
+    def held(limit: float) -> int:
+        """Layers that the ranks can hold within that time."""
+        of_each = [*[0.0] * (stages - 2), first, last]
+        if any(beside > limit for beside in of_each):
+            return -1
+        return sum(int((limit - beside) / layer_s + 1e-9) for beside in of_each)
+
+    return next((limit for limit in times if held(limit) >= layers), times[-1])
 
 
 def _spread(experiment: Experiment, layout: Layout, cluster: Cluster) -> tuple[Units, float]:
@@ -143,9 +172,7 @@ def _spread(experiment: Experiment, layout: Layout, cluster: Cluster) -> tuple[U
 def _kept(pieces: list[Unit], again: bool) -> float:
     """Bytes of one microbatch kept on all stages together, layers computed again or not."""
     return sum(
-        piece.activations.kept_if_recomputed
-        if again and piece.kind in ("dense", "moe")
-        else piece.activations.kept
+        piece.activations.kept_if_recomputed if again and piece.kind in LAYERS else piece.activations.kept
         for piece in pieces
     )
 

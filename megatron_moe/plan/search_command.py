@@ -49,8 +49,7 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
         console.print(f"The first one is written to {overlay}, which extends {config}.")
     else:
         console.print(
-            "[bold]The first one as YAML[/], for a file that begins with `extends: "
-            f"[{config}]` (--overlay FILE writes it)\n"
+            "[bold]The first one as YAML[/], which extends the experiment (--overlay FILE writes it)\n"
         )
         console.print(text, markup=False)
 
@@ -129,8 +128,8 @@ def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
     print_table(console, columns, left=["dispatcher", "what it waits for"])
     first = best[0].forecast
     console.print(
-        f"The first one takes {duration(first.iteration_s)} an iteration, {first.days:.3g} days for the run. "
-        f"Times are of the model, {first.source}; MFU by {FORMULA}.\n"
+        f"The first one takes {duration(first.iteration_s)} an iteration, {duration(first.days * 86400)} for "
+        f"the run, with times from {first.source}. MFU: FLOPs a token are {FORMULA}.\n"
     )
 
 

@@ -27,7 +27,7 @@ class Candidate:
     data: int
     micro_batch_size: int
     recompute: str
-    """`none`, `modules` (the experts' activation and the norms), or `auto` (whole layers, as few as fit)."""
+    """`modules` (the experts' activation and the norms), or `auto` (whole layers, as few as fit, maybe none)."""
 
 
 def candidates(experiment: Experiment, gpus: int, gpus_per_node: int) -> Iterator[Candidate]:
@@ -48,7 +48,7 @@ def candidates(experiment: Experiment, gpus: int, gpus_per_node: int) -> Iterato
                         for expert, expert_tensor in _expert_sizes(
                             experiment, tensor, tensor * context * data
                         ):
-                            for recompute in _recomputes(experiment):
+                            for recompute in ("auto", "modules"):
                                 yield Candidate(
                                     tensor,
                                     context,
@@ -88,7 +88,7 @@ def with_candidate(experiment: Experiment, candidate: Candidate) -> Experiment:
                 else "selective",
                 "layers_per_stage": "auto" if is_whole else [0] * candidate.pipeline,
                 "method": "block",
-                "modules": _modules(experiment) if candidate.recompute == "modules" else [],
+                "modules": [] if is_whole else _modules(experiment),
             }
         ),
         "training": experiment.training.model_copy(update={"micro_batch_size": candidate.micro_batch_size}),
@@ -102,10 +102,6 @@ def with_candidate(experiment: Experiment, candidate: Candidate) -> Experiment:
 
 def _modules(experiment: Experiment) -> list[str]:
     return ["layernorm"] if experiment.moe is None else ["layernorm", "moe_act"]
-
-
-def _recomputes(experiment: Experiment) -> tuple[str, ...]:
-    return ("none", "modules", "auto")
 
 
 def _tensor_sizes(experiment: Experiment, gpus: int, gpus_per_node: int) -> Iterator[int]:

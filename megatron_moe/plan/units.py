@@ -15,6 +15,9 @@ Kind = Literal["embedding", "dense", "moe", "mtp", "head"]
 """`mtp`: all multi-token-prediction layers; `head`: final norm, output layer and loss, theirs too, which
 Megatron-Core computes there wherever these layers are."""
 
+LAYERS: tuple[Kind, ...] = ("dense", "moe")
+"""The kinds that stages share among them, and whose activations can be computed again."""
+
 
 @dataclass(frozen=True)
 class StaticBytes:
