@@ -73,7 +73,7 @@ def run(
     if plan.num_moe_experts:
         print_experts(console, plan)
         print_journeys(console, plan)
-    print_stages(console, plan)
+    print_stages(console, experiment, plan)
     print_memory(console, plan)
     if schedules and iteration is not None:
         print_schedules(console, plan, iteration)

@@ -10,11 +10,10 @@ from typing import Protocol
 from rich.console import Console
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan import devices
 from megatron_moe.plan.inference import DType, Rank, Serving, serving
 from megatron_moe.plan.tables import console_of_tables, print_table
-from megatron_moe.plan.wording import count, plural, size
-
-_GIB = 2.0**30
+from megatron_moe.plan.wording import BYTES, count, in_one_unit, memory, plural, size
 
 
 class Loaded(Protocol):
@@ -40,36 +39,34 @@ def run(
 
 
 def _print_head(console: Console, experiment: Experiment, found: Serving) -> None:
-    gpus = len(found.ranks)
+    gpus, device = len(found.ranks), devices.noun(experiment)
     console.print(
         f"[bold]{experiment.name}[/] ({count(found.parameters)} parameters), served in {found.dtype} on "
-        f"{plural(gpus, 'GPU')} of {experiment.launch.cluster.preset}"
+        f"{plural(gpus, device)} of {experiment.launch.cluster.preset}"
     )
-    request = f"{found.batch:,} x {found.context:,} tokens"
-    if found.fits is None:
-        console.print("The memory of a GPU is not known: set launch.cluster.memory_gib or its preset.\n")
-        return
     rooms = [room for rank in found.ranks if (room := found.free_bytes(rank)) is not None]
-    if found.fits:
-        console.print(f"[bold green]It fits[/] with {request}.", end=" ")
-    else:
-        lacking = f"{-min(rooms) / _GIB:.1f} GiB more on {'the' if gpus == 1 else 'a'} GPU"
-        console.print(f"[bold red]It does not fit[/]: {request} need {lacking}.", end=" ")
+    if not rooms:
+        console.print(f"The memory of a {device} is not known: launch.cluster.memory_gib says it.\n")
+        return
+    request = f"{found.batch:,} x {found.context:,} tokens"
+    words = [f"[bold green]It fits[/] with {request}."]
+    if not found.fits:
+        where = device if gpus == 1 else f"each {device}"
+        words = [f"[bold red]It does not fit[/]: {request} need {memory(-min(rooms))} more on {where}."]
     if found.gpus_needed is None:
-        console.print("No number of these GPUs would do.\n")
-    elif found.gpus_needed == gpus:
-        console.print("Fewer would not do.\n" if gpus > 1 else "\n")
-    else:
-        console.print(f"{plural(found.gpus_needed, 'GPU')} would do.\n")
+        words.append(f"No number of these {device}s would do.")
+    elif found.gpus_needed != gpus:
+        words.append(f"{plural(found.gpus_needed, device)} would do.")
+    elif gpus > 1:
+        words.append("Fewer would not do.")
+    console.print(" ".join(words) + "\n")
 
 
 def _print_sizes(console: Console, experiment: Experiment, found: Serving) -> None:
-    whole = ""
-    if found.memory_bytes is not None:
-        memory = found.memory_bytes / _GIB
-        gpus = len(found.ranks)
-        whole = f" of {gpus * memory:.4g} GiB" + (f" ({gpus} x {memory:.4g})" if gpus > 1 else "")
-    console.print(f"Weights   {size(found.weights_bytes)} = {found.weights_bytes / _GIB:,.1f} GiB{whole}")
+    gpus, each = len(found.ranks), found.memory_bytes
+    unit, number = in_one_unit([found.weights_bytes], BYTES, digits=4)
+    whole = "" if each is None else f" of {memory(gpus * each)}" + f" ({gpus} x {memory(each)})" * (gpus > 1)
+    console.print(f"Weights   {size(found.weights_bytes)} = {number(found.weights_bytes)} {unit}{whole}")
     console.print(
         f"KV cache  {size(found.cache_bytes_per_token)} a token in bf16: {_cached(experiment, found)}"
     )
@@ -88,7 +85,7 @@ def _cached(experiment: Experiment, found: Serving) -> str:
     layers = plural(model.num_layers, "layer")
     if latent := model.multi_latent_attention:
         width = f"{latent.kv_lora_rank} + {latent.qk_pos_emb_head_dim} compressed"
-        return f"{width} x {layers}, on each GPU"
+        return f"{width} x {layers}, on each rank"
     heads = sum(rank.kv_heads for rank in found.ranks)
     copies = " with copies" if model.num_query_groups is not None and heads > model.num_query_groups else ""
     return f"keys and values x {plural(heads, 'head')}{copies} x {model.kv_channels} x {layers}"
@@ -101,18 +98,19 @@ def _print_ranks(console: Console, found: Serving) -> None:
         numbers = [number for number, _ in entries]
         groups.append((str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", rank))
     request = found.batch * found.context
+    unit, number = in_one_unit([rank.weights_bytes for _, rank in groups], BYTES, digits=4)
     columns = {
-        "GPUs": [numbers for numbers, _ in groups],
+        "ranks": [numbers for numbers, _ in groups],
         "query heads": [str(rank.query_heads) for _, rank in groups],
         "KV heads": [str(rank.kv_heads) for _, rank in groups],
-        "weights": [f"{rank.weights_bytes / _GIB:,.2f}" for _, rank in groups],
-        "KV cache": [f"{request * rank.cache_bytes_per_token / _GIB:,.2f}" for _, rank in groups],
-        "reserved": [f"{found.reserved_bytes / _GIB:,.2f}" for _ in groups],
-        "free": [f"{(found.free_bytes(rank) or 0) / _GIB:,.2f}" for _, rank in groups],
+        "weights": [number(rank.weights_bytes) for _, rank in groups],
+        "KV cache": [number(request * rank.cache_bytes_per_token) for _, rank in groups],
+        "reserved": [number(found.reserved_bytes) for _ in groups],
+        "free": [number(found.free_bytes(rank) or 0.0) for _, rank in groups],
     }
     if not any(rank.kv_heads for _, rank in groups):
         del columns["KV heads"]
     if found.memory_bytes is None:
         del columns["free"]
-    console.print(f"[bold]Each GPU in GiB[/], for {found.batch:,} x {found.context:,} tokens")
-    print_table(console, columns, left=["GPUs"])
+    console.print(f"[bold]Memory of each rank in {unit}[/], for {found.batch:,} x {found.context:,} tokens")
+    print_table(console, columns, left=["ranks"])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from megatron_moe.config.layout_string import AUTO, layers_are_placed
+from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.forecast import MemoryForecast
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.stages import Stage
@@ -17,7 +19,7 @@ _SHOWN_CHUNKS = 4
 _TOO_MUCH = "[bold red]{} ![/]"
 
 
-def print_stages(console: Console, plan: Plan) -> None:
+def print_stages(console: Console, experiment: Experiment, plan: Plan) -> None:
     """One row for each pipeline rank, over all its chunks."""
     ranks = plan.forecast.ranks
     held = [[stage for stage in plan.stages if stage.pipeline_rank == rank.pipeline_rank] for rank in ranks]
@@ -44,6 +46,10 @@ def print_stages(console: Console, plan: Plan) -> None:
     if len(ranks) == 1:
         del columns["PP\nrank"], columns["idle\n%"]
     console.print(f"[bold]{_title(plan)}[/]")
+    planned = ["layers"] * layers_are_placed(experiment)
+    planned += ["recomputation"] * (experiment.recompute.layers_per_stage == AUTO)
+    if planned:
+        console.print(f"Placed by the planner (auto): {' and '.join(planned)}")
     print_table(console, columns, left=["holds"], folded=["holds"])
     modules = dict.fromkeys(name for stage in plan.stages for name in stage.recomputed_modules)
     if modules:
@@ -100,7 +106,8 @@ def _holds(stages: Sequence[Stage]) -> str:
 
 def _layers(stage: Stage) -> str:
     parts = ["embedding"] * stage.has_embedding + [number_list(stage.layers)] * bool(stage.layers)
-    return ", ".join(parts + ["loss"] * stage.has_loss) or "none"
+    parts += ["MTP"] * (stage.num_mtp_layers > 0) + ["loss"] * stage.has_loss
+    return ", ".join(parts) or "none"
 
 
 def _recomputed(stages: Sequence[Stage]) -> str:

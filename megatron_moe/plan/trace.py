@@ -170,4 +170,4 @@ def _update(rank: int, start_s: float, forecast: Forecast) -> Iterator[Event]:
         yield Event("reduce and gather", "gradients", rank, "communication", start_s, forecast.gradient_s)
     if forecast.optimizer_s > 0:
         start_s += forecast.gradient_s
-        yield Event("optimizer", "optimizer", rank, "computation", start_s, forecast.optimizer_s)
+        yield Event("update of weights", "optimizer", rank, "computation", start_s, forecast.optimizer_s)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from plan_experiments import filled
 
 from megatron_moe.plan import command, wording
 from megatron_moe.plan.costs import FORMULA
+from megatron_moe.plan.plan import make
 
 LARGE = filled(
     parallel={
@@ -27,7 +30,16 @@ LARGE = filled(
     moe={"num_moe_experts": 128},
     model={"num_layers": 13},
     pipeline={"layers_per_stage": [2, 2, 2, 2, 2, 1, 1, 1]},
-    recompute={"layers_per_stage": [1, 1, 0, 0]},
+    recompute={"granularity": "full", "layers_per_stage": [1, 1, 0, 0]},
+    training={"train_iters": 10, "global_batch_size": 48 * 8, "seq_length": 32},
+    launch={"cluster": {"preset": "h100"}},
+)
+UNEVEN = filled(
+    parallel={"pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+    pipeline={"layers_per_stage": [3, 1]},
+    recompute={"granularity": "full", "layers_per_stage": [2, 0]},
+    training={"train_iters": 1000, "global_batch_size": 64, "seq_length": 32},
+    launch={"cluster": {"preset": "h100", "memory_gib": 0.004, "reserved_gib": 0.001}},
 )
 
 
@@ -48,12 +60,73 @@ def test_a_large_plan_fits_a_terminal_and_cuts_nothing_off(
     text = printed(capsys, LARGE)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) < 70
+    assert len(lines) < 80
     assert "1,536 ranks = TP 4 x PP 4 (VPP 2) x CP 2 x DP 48" in text
     assert "126-127" in text, "the last experts are shown"
-    stage_rows = [line.split() for line in lines[-12:] if line.split()[:1] and line.split()[0].isdigit()]
-    assert [row[3] for row in stage_rows] == ["0-1", "2-3", "4-5", "6-7", "8-9", "10", "11", "12"]
-    assert stage_rows[0][-1] == "embedding" and stage_rows[-1][-1] == "loss"
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    first = rows_under(text, "13 layers on 8 stages")
+    assert [row[0] for row in first] == ["0", "1", "2", "3"]
+    assert " ".join(first[0][1:6]) == "embedding, 0-1 | 8-9 4"
+    assert " ".join(first[3][1:6]) == "6-7 | 12, loss 3"
+    assert [row[1] for row in rows_under(text, "Memory of each rank")] == [
+        str(rank.in_flight) for rank in make(LARGE).forecast.ranks
+    ]
+
+
+def rows_under(text: str, title: str) -> list[list[str]]:
+    """The cells of the table below a title."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith(title))
+    rule = next(
+        number
+        for number in range(first, len(lines))
+        if lines[number].startswith("\N{BOX DRAWINGS LIGHT HORIZONTAL}")
+    )
+    end = next(number for number in range(rule, len(lines)) if not lines[number].strip())
+    return [line.split() for line in lines[rule + 1 : end]]
+
+
+def test_the_tables_hold_the_numbers_of_the_forecast(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, UNEVEN)
+    forecast = make(UNEVEN).forecast
+    for rank, row in zip(forecast.ranks, rows_under(text, "4 layers on 2 stages"), strict=True):
+        assert float(row[-1]) == pytest.approx(100 * rank.idle_s / forecast.pipeline_s, abs=0.06)
+    for rank, row in zip(forecast.ranks, rows_under(text, "Memory of each rank"), strict=True):
+        parts = [float(cell) for cell in row[2:8]]
+        assert sum(parts) == pytest.approx(float(row[8]), rel=0.05)
+        assert float(row[8]) * 2**20 == pytest.approx(rank.memory.total, rel=0.05)
+    whole = re.search(r"^iteration +([\d.]+) +100.0 %", text, re.MULTILINE)
+    assert whole and float(whole[1]) == pytest.approx(1e3 * forecast.iteration_s, rel=1e-3)
+    words = " ".join(text.split())
+    assert f"MFU {100 * (forecast.mfu or 0):.1f} %" in words
+    assert "Budget 2.048 M tokens = 1,000 iterations x 64 x 32" in words
+    for sentence in forecast.limits:
+        assert sentence in words
+
+
+def test_what_does_not_fit_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_under(text := printed(capsys, UNEVEN), "Memory of each rank")
+    over = [rank.memory.total > 0.004 * 2**30 for rank in make(UNEVEN).forecast.ranks]
+    assert any(over) and [row[-1] == "!" for row in rows] == over
+    assert "does not fit: pipeline rank" in text
+
+
+def test_memory_that_is_not_known_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = make(filled())
+    ranks = tuple(replace(rank, memory=replace(rank.memory, limit=None)) for rank in known.forecast.ranks)
+    plan = replace(known, forecast=replace(known.forecast, ranks=ranks, mfu=None))
+    monkeypatch.setattr(command, "make", lambda experiment: plan)
+    text = printed(capsys, filled())
+    assert "launch.cluster.memory_gib" in text and "launch.cluster.peak_tflops" in text
+    assert "free" not in text
+
+
+def test_json_holds_the_forecast(capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(printed(capsys, UNEVEN, as_json=True))
+    assert len(record["forecast"]["ranks"]) == 2
+    assert record["forecast"]["iteration_s"] > 0
 
 
 def test_the_formula_stands_beside_the_flops(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +137,8 @@ def test_a_dense_model_on_one_rank_has_no_table_of_experts_or_groups(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = printed(capsys, filled(moe=None))
-    assert "expert" not in text and "Groups" not in text and "active" not in text
+    assert "expert" not in text and "groups" not in text and "active" not in text
+    assert "idle" not in text and "all-to-all" not in text and "in\nflight" not in text
     assert "1 rank = " in text
 
 
@@ -126,7 +200,7 @@ def test_the_plan_prints_on_a_terminal_without_unicode() -> None:
     script = (
         "from types import SimpleNamespace; from plan_experiments import filled; "
         "from megatron_moe.plan import command; "
-        "experiment = filled(parallel={'tensor_model_parallel_size': 4, 'data_parallel_size': 32}); "
+        "experiment = filled(parallel={'tensor_model_parallel_size': 4, 'data_parallel_size': 8}); "
         "command.run(SimpleNamespace(experiment=experiment), None, False)"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
