@@ -22,6 +22,6 @@ PRESET = Preset(
     inter_node_gb_s=50.0,  # DGX H100's datasheet: 8 x NDR InfiniBand of 400 Gb/s a node
     inter_node_latency_us=15.0,  # stated: one step of NCCL's ring between nodes
     network_fraction=0.70,  # calibrated: NCCL's bandwidth at some ten megabytes over the datasheet's
-    all_to_all_fraction=0.65,  # stated: an all-to-all over that, whose messages are smaller
+    all_to_all_fraction=0.90,  # stated: an all-to-all over that
     overlap_fraction=0.35,  # calibrated: communication takes some of the GPU that it runs beside
 )
