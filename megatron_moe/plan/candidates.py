@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Layers = tuple[int, ...]
 """Layers of each stage, in token order."""
 
+_ROUNDS = 4
+"""Each with PP microbatches of an interleaved schedule: so many tell which placement is better."""
+
 TIE = 1e-9
 """Makespans that differ by less, relatively, are equal: rounding."""
 
@@ -49,6 +52,33 @@ class Candidates:
             counts[counts.index(min(counts))] += 1
         return tuple(counts)
 
+    def balanced(self) -> Layers:
+        """As even over the ranks' times, and over the chunks of each, as whole layers that fit allow; all taken
+        to be as the last one."""
+        layer = self.num_layers - 1
+        held = [self._spread(rank, 0) for rank in range(self.pipeline_size)]
+        for _ in range(self.num_layers - sum(map(sum, held))):
+            more = [self._spread(rank, sum(held[rank]) + 1) for rank in range(self.pipeline_size)]
+            values = []
+            for rank, counts in enumerate(more):
+                choice = self.choices.choice(
+                    rank, [range(self.num_layers - count, layer + 1) for count in counts]
+                )
+                load = sum(cost.forward_s + cost.backward_s for cost in choice.costs)
+                values.append((choice.missing_bytes, load, rank))
+            rank = min(values)[-1]
+            held[rank] = more[rank]
+        return tuple(
+            held[stage % self.pipeline_size][stage // self.pipeline_size] for stage in range(self.num_stages)
+        )
+
+    def _spread(self, rank: int, count: int) -> list[int]:
+        """So many layers over the chunks of a rank, at least as many as its stages must hold."""
+        counts = [self.least_of(stage) for stage in range(rank, self.num_stages, self.pipeline_size)]
+        for _ in range(count - sum(counts)):
+            counts[counts.index(min(counts))] += 1
+        return counts
+
     def ranks(self, layers: Layers) -> list[RankChoice]:
         """The choice of each rank."""
         held, first = [], 0
@@ -71,8 +101,35 @@ class Candidates:
         """What one microbatch's recomputation takes, on all stages together."""
         return sum(cost.recompute_s for choice in self.ranks(layers) for cost in choice.costs)
 
+    def least_s(self, layers: Layers) -> float:
+        """The makespan at least: a rank runs its passes one after the other, behind the first microbatch's
+        forwards before it, and before the last one's backwards there."""
+        longest = before = 0.0
+        for choice in self.ranks(layers):
+            load = sum(cost.forward_s + cost.backward_s for cost in choice.costs)
+            longest = max(longest, before + self.num_microbatches * load)
+            before += choice.costs[0].forward_s + choice.costs[0].backward_s + 2 * self.transfer_s
+        return longest
+
     def makespans(self, placements: Sequence[Layers]) -> Seconds:
         """Of each placement."""
+        forward, backward = self._seconds(placements)
+        return self._simulated(forward, backward, self.num_microbatches)
+
+    def estimates(self, placements: Sequence[Layers]) -> Seconds:
+        """The makespans; those of an interleaved schedule with many microbatches from one with fewer, the
+        others at the slowest rank's pace."""
+        fewer = self.num_microbatches
+        if self.chunks > 1:
+            fewer = min(fewer, _ROUNDS * self.pipeline_size)
+        forward, backward = self._seconds(placements)
+        spans = self._simulated(forward, backward, fewer)
+        pace = (forward + backward).reshape(self.chunks, self.pipeline_size, -1).sum(axis=0).max(axis=0)
+        result: Seconds = spans + (self.num_microbatches - fewer) * pace
+        return result
+
+    def _seconds(self, placements: Sequence[Layers]) -> tuple[Seconds, Seconds]:
+        """Forward and backward of each stage: [stages, placements]."""
         import numpy as np
 
         forward = np.empty((self.num_stages, len(placements)))
@@ -82,8 +139,11 @@ class Candidates:
                 for chunk, cost in enumerate(choice.costs):
                     forward[chunk * self.pipeline_size + rank, column] = cost.forward_s
                     backward[chunk * self.pipeline_size + rank, column] = cost.backward_s
+        return forward, backward
+
+    def _simulated(self, forward: Seconds, backward: Seconds, num_microbatches: int) -> Seconds:
         return makespans(
-            self.schedule, forward, backward, self.pipeline_size, self.num_microbatches, self.transfer_s
+            self.schedule, forward, backward, self.pipeline_size, num_microbatches, self.transfer_s
         )
 
     def neighbours(self, layers: Layers) -> Iterator[Layers]:

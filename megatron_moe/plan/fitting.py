@@ -37,9 +37,13 @@ class NothingFits(InputError):
 
 def fitting(candidates: Candidates) -> Layers:
     """A placement that fits, else that in which the fullest rank lacks least (VPP above 1: about least)."""
-    found = least_missing(candidates, candidates.even())
-    if not any(candidates.missing(found)) or candidates.chunks > 1:
-        return found
+    starts = [candidates.balanced(), candidates.even()]
+    found = [least_missing(candidates, start) for start in starts]
+    fits = [layers for layers in found if not any(candidates.missing(layers))]
+    if fits:
+        return min(fits, key=lambda layers: float(candidates.estimates([layers])[0]))
+    if candidates.chunks > 1:
+        return min(found, key=lambda layers: max(candidates.missing(layers)))
     return _least_on_fullest(candidates)
 
 

@@ -27,12 +27,16 @@ def improve(candidates: Candidates, start: Layers) -> Layers:
     def rank(layers: Layers, span: float) -> tuple[float, float, int]:
         return span, candidates.recompute_s(layers), sum(count * count for count in layers)
 
-    best, value = start, rank(start, float(candidates.makespans([start])[0]))
+    best, value = start, rank(start, float(candidates.estimates([start])[0]))
     while True:
-        others = [other for other in candidates.neighbours(best) if not any(candidates.missing(other))]
+        others = [
+            other
+            for other in candidates.neighbours(best)
+            if not any(candidates.missing(other)) and candidates.least_s(other) <= value[0] * (1 + TIE)
+        ]
         if not others:
             return best
-        spans = candidates.makespans(others).tolist()
+        spans = candidates.estimates(others).tolist()
         shortest = min(spans)
         found = min(
             (rank(other, shortest), other)
