@@ -150,7 +150,7 @@ def test_counts_of_the_first_and_last_stage(tmp_path: Path, counts: list[str], l
     [
         (
             [f"{FIRST}=2"],
-            f"{FIRST}: 2 leaves 8 of model.num_layers (10, override), which do not divide evenly",
+            f"{FIRST}: 2 leaves 8 of model.num_layers (10, override), which do not divide over",
         ),
         (
             [f"{FIRST}=2", f"{LAST}=3"],

@@ -30,6 +30,9 @@ STRETCHED: dict[str, Any] = {
 }
 """Queries projected at once, positions stretched."""
 
+ONE = {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}
+TWO = {"mtp_num_layers": 2, "mtp_loss_scaling_factor": 0.5}
+
 DEEPSEEK_LAYOUTS: dict[str, dict[str, Any]] = {
     "EDP latent attention, recomputed": {
         "parallel": layout(tp=2),
@@ -48,9 +51,40 @@ DEEPSEEK_LAYOUTS: dict[str, dict[str, Any]] = {
         "model": STRETCHED,
         "moe": {**MOE, "moe_first_k_dense_layers": 1},
     },
+    "EDP two further tokens, latent attention": {
+        "parallel": layout(tp=2),
+        "model": {**LATENT, **TWO},
+        "recompute": {"granularity": "full"},
+    },
+    "TP2 dense, no SP, a further token": {
+        "moe": None,
+        "parallel": layout(tp=2, sequence_parallel=False),
+        "model": ONE,
+    },
+    "CP2 two further tokens, drops": {
+        "parallel": layout(cp=2),
+        "model": TWO,
+        "moe": {**MOE, "moe_expert_capacity_factor": 1.0},
+        "recompute": {"modules": ["moe", "layernorm"]},
+    },
+    "PP2 VPP2 a further token": {"parallel": layout(pp=2, vpp=2), "model": ONE},
+    "TP2 PP2 two further tokens beside the loss alone, random gate": {
+        "parallel": layout(tp=2, pp=2),
+        "model": TWO,
+        "pipeline": {"layers_per_stage": "Etttt|mmL"},
+        "moe": {**MOE, "moe_router_gate": "gshard"},
+    },
+    "PP4 two further tokens on a stage of their own": {
+        "parallel": layout(pp=4),
+        "model": TWO,
+        "pipeline": {"layers_per_stage": "Ett|tt|mm|L"},
+    },
 }
 
 SECOND_PAIR = (
     "EDP latent attention, recomputed",
     "CP2 latent attention, stretched positions",
+    "EDP two further tokens, latent attention",
+    "PP2 VPP2 a further token",
+    "PP4 two further tokens on a stage of their own",
 )

@@ -15,7 +15,7 @@ from megatron_moe.config.rules import violations
 DOCUMENT = Path(__file__).parents[2] / "docs/designs.md"
 CHAPTERS = DOCUMENT.read_text().split("\n## ")[1:]
 DESIGNS: dict[str, dict[str, Any]] = {
-    chapter.partition("\n")[0]: yaml.safe_load(chapter.split("```")[1].removeprefix("yaml"))["moe"]
+    chapter.partition("\n")[0]: yaml.safe_load(chapter.split("```")[1].removeprefix("yaml"))
     for chapter in CHAPTERS
 }
 
@@ -30,8 +30,17 @@ def shrunk(design: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
+def shrunk_model(model: dict[str, Any]) -> dict[str, Any]:
+    """The section `model` with attention of 8 instead of 128 channels a head."""
+    if "multi_latent_attention" not in model:
+        return model
+    sizes = {name: size // 16 for name, size in model["multi_latent_attention"].items()}
+    return {**model, "multi_latent_attention": sizes, "num_query_groups": None}
+
+
 @pytest.mark.parametrize("title", DESIGNS)
 def test_design_computes_in_edp_what_one_process_computes(title: str, tmp_path: Path) -> None:
-    design = shrunk(DESIGNS[title])
-    assert violations(experiment(moe=design, parallel=layout(tp=2))) == []
-    assert verify(tmp_path, moe=design, parallel=layout(tp=2)).failures == []
+    design = DESIGNS[title]
+    sections = {"moe": shrunk(design["moe"]), "model": shrunk_model(design.get("model", {}))}
+    assert violations(experiment(parallel=layout(tp=2), **sections)) == []
+    assert verify(tmp_path, parallel=layout(tp=2), **sections).failures == []
