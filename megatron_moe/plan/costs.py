@@ -98,7 +98,7 @@ def stage_costs(experiment: Experiment, layout: Layout, stage: Stage) -> StageCo
     if not stage.has_embedding:
         if stage.num_mtp_layers:
             weights += weights_of(experiment, "embedding", vocab_size)
-        elif stage.has_loss and not experiment.model.untie_embeddings_and_output_weights:
+        if stage.has_loss and not experiment.model.untie_embeddings_and_output_weights:
             weights.append(shared_word_embedding(experiment, vocab_size))
     return StageCosts(parameters_per_rank=sum(on_a_rank(w, layout) for w in weights))
 

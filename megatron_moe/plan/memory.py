@@ -40,7 +40,7 @@ def shared_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
 
 def mtp_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
     """The copy of the embedding beside the multi-token-prediction layers, where these are not on the first
-    stage; it serves a tied output layer, too, if that is there."""
+    stage. A tied output layer there has another one (Megatron-Core 0.16.1 and 0.19.2)."""
     if not experiment.model.mtp_num_layers:
         return StaticBytes(0, 0, 0)
     return static_bytes(experiment, layout, "embedding")

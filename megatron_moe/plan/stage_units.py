@@ -50,7 +50,7 @@ def stage_cost(
     memory = sum((unit.memory for unit in everything), StaticBytes(0, 0, 0))
     if not is_first:
         copies = [units.shared_embedding] * is_last + [units.mtp_embedding] * has_mtp
-        memory += max(copies, key=lambda copy: copy.total, default=StaticBytes(0, 0, 0))
+        memory = sum(copies, memory)
     kept = sum(unit.activations.kept for unit in whole)
     kept += sum(group[0].activations.kept_if_recomputed for group in groups)
     # A group that is computed again is there whole while its backward pass runs.

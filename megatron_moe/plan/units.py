@@ -89,7 +89,7 @@ class Units:
         shared_embedding: what the last stage holds of the embedding beside its own pieces where it is tied to
             the output layer and PP is above 1.
         mtp_embedding: what the stage with the multi-token-prediction layers holds of the embedding where it
-            is not the first; on a stage for which both hold, it stands for the former, too.
+            is not the first, beside that (Megatron-Core keeps two copies where both are needed).
         transfer_s: sending one microbatch's activations, or their gradients, to the next stage.
         transfer_bytes: what is sent.
         source: where the times come from, for the user to read.

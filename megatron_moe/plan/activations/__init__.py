@@ -38,43 +38,48 @@ def activations(experiment: Experiment, layout: Layout, kind: Kind) -> Activatio
 
 
 def _embedding(experiment: Experiment, share: Share) -> Activations:
-    """Token numbers; what is looked up is the first layer's input."""
-    width = experiment.model.hidden_size * share.element
-    ids = share.whole * (_INT64 + 1 if share.tensor > 1 else 0)
+    """Which rows of the rank's part are looked up; what is there is the first layer's input."""
+    model = experiment.model
+    kept = share.whole * (_INT64 + 1 if share.tensor > 1 else 0)
+    kept += share.dropped(model.hidden_size, model.hidden_dropout)
+    width = model.hidden_size * share.element
     gradient = padded_vocab_size(experiment) / share.tensor * width
-    return Activations(kept=ids, kept_if_recomputed=ids, working=2 * share.whole * width + gradient)
+    return Activations(kept=kept, kept_if_recomputed=kept, working=2 * share.whole * width + gradient)
 
 
 def _head(experiment: Experiment, share: Share) -> Activations:
     """The final norm, and for each prediction the softmax in fp32, which overwrites logits in fp32."""
     model = experiment.model
-    stream = share.mine * model.hidden_size * share.element
-    rows = padded_vocab_size(experiment) / share.tensor
-    logits = share.whole * rows
-    losses = share.whole * (3 * _INT64 + _FP32)
-    normed = norm(model.normalization, share.mine, model.hidden_size, share)
+    rows, width = padded_vocab_size(experiment) / share.tensor, model.hidden_size * share.element
     predictions = 1 + model.mtp_num_layers
-    kept = normed + predictions * (_FP32 * logits + losses) + model.mtp_num_layers * stream
+    logits = share.whole * rows
+    losses = share.whole * (_INT64 + 1)  # where the target's logit is, if it is on this rank
+    kept = norm(model.normalization, share.mine, model.hidden_size, share)
+    kept += predictions * (_FP32 * logits + losses)
     # Logits beside their softmax; then their gradient instead, with that of the weight and of the input.
-    in_bf16 = share.element * logits if share.element < _FP32 else 0.0
-    gathered = share.whole * model.hidden_size * share.element
-    gradients = rows * model.hidden_size * share.element + gathered * (2 if share.is_sequence_parallel else 1)
-    released = _FP32 * logits if share.element < _FP32 else 0.0
-    working = max(in_bf16, in_bf16 + gradients - released)
-    return Activations(kept=kept, kept_if_recomputed=stream, working=working)
+    in_bf16, released = (share.element * logits, _FP32 * logits) if share.element < _FP32 else (0.0, 0.0)
+    gathered = 2 * share.whole * width if share.is_sequence_parallel else 0.0
+    gradients = in_bf16 + rows * width + share.whole * width - released
+    return Activations(
+        kept=kept, kept_if_recomputed=share.mine * width, working=max(in_bf16, gradients) + gathered
+    )
 
 
 def _mtp(experiment: Experiment, layout: Layout, share: Share) -> Activations:
-    """Each layer's embedding, both norms and the joint projection's input, beside a transformer layer."""
+    """For each layer norms of the further tokens' embeddings and of the hidden states, both together as the
+    joint projection's input, a transformer layer, and a norm whose result the output layer keeps."""
     model = experiment.model
     stream = share.mine * model.hidden_size * share.element
     layer = _layer(experiment, layout, share, kind_of_mtp_layers(experiment) == "moe")
     one_norm = norm(model.normalization, share.mine, model.hidden_size, share)
-    own = 3 * one_norm + 2 * stream + share.whole * _INT64
+    of_hidden = norm(model.normalization, share.mine, model.hidden_size, share, has_input=False)
+    # What the first two norms give is not kept itself, but copied into one tensor.
+    own = 2 * one_norm + of_hidden
+    ids = _embedding(experiment, share).kept
     return Activations(
-        kept=model.mtp_num_layers * (layer.kept + own),
+        kept=model.mtp_num_layers * (layer.kept + own + ids),
         kept_if_recomputed=model.mtp_num_layers * stream,
-        working=layer.working,
+        working=layer.working + (2 * share.whole * model.hidden_size * share.element),
     )
 
 
@@ -95,8 +100,9 @@ def _layer(experiment: Experiment, layout: Layout, share: Share, has_experts: bo
     gathered = share.whole * model.hidden_size * share.element if share.is_sequence_parallel else 0.0
     # While attention runs, either way, what the second part keeps is not there.
     working = max(stream, second.working, first.working - second.kept)
+    dropped = 2 * share.dropped(model.hidden_size, model.hidden_dropout)
     return Activations(
-        kept=norms + first.kept + second.kept,
+        kept=norms + first.kept + second.kept + dropped,
         kept_if_recomputed=stream,
         working=working + (1 + again) * stream + 2 * gathered,
     )

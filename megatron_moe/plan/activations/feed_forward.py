@@ -50,15 +50,16 @@ def mixture(experiment: Experiment, layout: Layout, share: Share) -> Part:
         layout.expert_model_parallel_size, layout.expert_tensor_parallel_size, moe.moe_ranks_per_node
     )
     rows = rows_of_experts(experiment, ranks, share)
-    loops = share.on_host and not (
-        moe.moe_expert_dropout or experiment.model.megatron_core.get("add_bias_linear")
-    )
+    has_biases = bool(experiment.model.megatron_core.get("add_bias_linear"))
+    loops = share.on_host and not (moe.moe_expert_dropout or has_biases)
     of_experts = (_in_a_loop if loops else _as_grouped_products)(experiment, moe, ranks, rows, share)
-    kept = of_experts.kept + _routing(moe, hidden_size, ranks, rows, share)
+    kept = of_experts.kept + _routing(moe, hidden_size, rows, not loops or ranks.together > 1, share)
     working = of_experts.working
     if moe.moe_shared_expert_intermediate_size is not None:
         shared = dense(experiment, moe.moe_shared_expert_intermediate_size, share, "shared_experts")
-        gate = share.mine * hidden_size * share.element if moe.moe_shared_expert_gate else 0.0
+        gate = 0.0
+        if moe.moe_shared_expert_gate and "shared_experts" not in share.modules:
+            gate = share.mine * hidden_size * share.element
         # They run last, so that their backward pass is over when that of the experts begins.
         working = max(working - shared.kept - gate, shared.working)
         kept += shared.kept + gate
@@ -93,6 +94,11 @@ def _as_grouped_products(experiment: Experiment, moe: MoE, ranks: Ranks, rows: f
     again = "moe_act" in share.modules
     widths = 2 if again and moe.moe_expert_activation in _GATED else 1
     kept = width + inner * (widths if again else _EXPERT_WIDTHS[moe.moe_expert_activation])
+    if moe.moe_expert_dropout:
+        kept += inner / share.element  # which survive
+    if experiment.model.megatron_core.get("add_bias_linear"):
+        # The second one's rows, which are multiplied by gate weights, and which expert each row is of.
+        kept += width / ranks.expert_tensor + 2 * _INT64 * rows
     second = moe.num_moe_experts / ranks.expert * _inner(moe, ranks) * hidden_size * share.element
     of_activation = inner * ((2 if share.element == _FP32 else 5) + (5 if again else 0))
     backward = second + max((2 if ranks.together > 1 else 1) * width + inner, of_activation)
@@ -131,8 +137,12 @@ def _rows_that_came(moe: MoE, hidden_size: int, ranks: Ranks, rows: float, share
     return rows
 
 
-def _routing(moe: MoE, hidden_size: int, ranks: Ranks, rows: float, share: Share) -> float:
-    """The router's input where it is not in its precision, scores, and where each row goes."""
+def _routing(moe: MoE, hidden_size: int, rows: float, are_sorted: bool, share: Share) -> float:
+    """The router's input where it is not in its precision, scores, and where each row goes.
+
+    Args:
+        are_sorted: whether rows are copied in the order of experts, and their results put together.
+    """
     size = _router_size(moe)
     kept = share.mine * hidden_size * size if size != share.element else 0.0
     # Tables of all experts: what weights are gathered from, scores that losses read, logits of the z-loss.
@@ -143,8 +153,7 @@ def _routing(moe: MoE, hidden_size: int, ranks: Ranks, rows: float, share: Share
     kept += share.mine * moe.num_moe_experts * size * tables
     # Chosen experts and their weights; where rows come from, where they go, and their weights.
     kept += share.mine * moe.moe_router_topk * (_INT64 + size)
-    indices = 3 if ranks.together > 1 or not share.on_host else 2
-    return kept + share.mine * moe.moe_router_topk * indices * _INT64 + rows * size
+    return kept + share.mine * moe.moe_router_topk * (2 + are_sorted) * _INT64 + rows * size
 
 
 def _router_size(moe: MoE) -> int:

@@ -50,6 +50,10 @@ class Share(NamedTuple):
             modules=tuple(experiment.recompute.modules or ()),
         )
 
+    def dropped(self, width: float, probability: float) -> float:
+        """Bytes that tell what dropout left of rows between the matrices: on a host its factors."""
+        return self.mine * width * (self.element if self.on_host else 1) if probability else 0.0
+
     @property
     def whole(self) -> float:
         """T: tokens that this rank's matrices see."""
