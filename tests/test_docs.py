@@ -55,8 +55,11 @@ def test_commands_are_accepted(page: str, arguments: str, monkeypatch: pytest.Mo
     if not hasattr(args, "config") or not (ROOT / args.config).is_file():
         return
     monkeypatch.chdir(ROOT)
+    # For serving and for a search the GPUs are not those of the experiment's layout.
+    is_layout = not getattr(args, "inference", False) and not getattr(args, "search", False)
+    gpus = getattr(args, "gpus", None) if is_layout else None
     try:
-        load(args.config, [*args.overrides, *others], world_size=getattr(args, "gpus", None))
+        load(args.config, [*args.overrides, *others], world_size=gpus)
     except ConfigError as error:
         # Files that the command before it makes.
         wrong = [problem for problem in error.problems if "no such file" not in problem.lower()]
