@@ -53,8 +53,8 @@ class Candidates:
         return tuple(counts)
 
     def balanced(self) -> Layers:
-        """As even over the ranks' times, and over the chunks of each, as whole layers that fit allow; all taken
-        to be as the last one."""
+        """As even over the ranks' times, and over the chunks of each, as whole layers that fit allow; all
+        taken to be as the last one."""
         layer = self.num_layers - 1
         held = [self._spread(rank, 0) for rank in range(self.pipeline_size)]
         for _ in range(self.num_layers - sum(map(sum, held))):

@@ -83,7 +83,7 @@ class LoadBounds:
         return [self._fastest_split(rank, count) for count in counts]
 
     def _fastest_split(self, rank: int, count: int) -> float:
-        """Of so many equal layers over two chunks, with the recomputation that fits; infinite if none does."""
+        """Of so many equal layers over two chunks, with recomputation that fits; infinite if none does."""
         choices = (
             self._candidates.choices.choice(rank, [range(one), range(count - one)])
             for one in range(count + 1)
