@@ -171,6 +171,12 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
         help="write the iteration pass by pass, for ui.perfetto.dev or chrome://tracing",
     )
     add("--schedules", action="store_true", help="compare with other pipeline schedules")
+    add(
+        "--against",
+        metavar="RUN",
+        type=Path,
+        help="hold the forecast against what a run of this experiment measured, by its folder",
+    )
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -418,6 +424,11 @@ def _plan(args: argparse.Namespace) -> int:
     if args.search:
         return _plan_search(args)
     loaded = load(args.config, args.overrides, world_size=args.gpus)
+    if args.against:
+        from megatron_moe.plan import against
+
+        against.run(loaded, args.against)
+        return 0
     run(loaded, args.gpus, args.json, plot=args.plot, trace=args.trace, schedules=args.schedules)
     return 0
 
@@ -460,6 +471,9 @@ def _refuse_mixed(args: argparse.Namespace) -> None:
         raise InputError(f"--search does not go with --{of_training[0]}: leave one of them out")
     if args.search and args.gpus is None:
         raise InputError("--search needs --gpus, the number of ranks to lay the experiment over")
+    beside = [name for name in ("search", "inference", *of_training, "json") if getattr(args, name)]
+    if args.against and beside:
+        raise InputError(f"--against does not go with --{beside[0]}: leave one of them out")
     if args.json and args.schedules:
         raise InputError("--schedules is a table: leave --json out")
 
