@@ -109,3 +109,16 @@ def packed_and_alone(experiment: Experiment, lengths: list[int]) -> tuple[Tensor
     parts = zip(*(whole[name].split(lengths, 1) for name in whole), strict=True)
     alone = [_through(model, dict(zip(whole, part, strict=True)), depths)[1] for part in parts]
     return packed, torch.stack(alone).sum(0)
+
+
+def built_and_planned(experiment: Experiment) -> list[tuple[int, int]]:
+    """Parameters of each of this rank's model chunks: what is built, and what the plan says."""
+    its_plan = plan.make(experiment)
+    copy = its_plan.rank_of_embedding_copy
+    groups.initialize_model_parallel(its_plan.layout, experiment.training.seed, 60, copy)
+    chunks = build_chunks(experiment, its_plan, torch.float32)
+    costs = [its_plan.stage_costs[stage.index] for stage in its_plan.stages_on(torch.distributed.get_rank())]
+    return [
+        (sum(weight.numel() for weight in chunk.parameters()), cost.parameters_per_rank)
+        for chunk, cost in zip(chunks, costs, strict=True)
+    ]

@@ -6,6 +6,7 @@ import metrics_on_ranks
 import multi_token_on_ranks as on_ranks
 import pytest
 import torch
+from deepseek_cases import LATENT
 from distributed import ranks
 from experiments import MOE, experiment, layout
 
@@ -81,6 +82,23 @@ def test_the_loss_in_the_metrics_is_that_of_the_next_token(tmp_path) -> None:
     assert with_further["loss"] == pytest.approx(without["loss"], rel=1e-7)
     assert with_further["grad_norm"] > without["grad_norm"]
     assert "mtp/per_depth/loss" not in with_further and "mtp/loss" not in without
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"parallel": layout(tp=2, pp=2), "pipeline": {"layers_per_stage": [3, 1]}},
+        {"parallel": layout(pp=4), "pipeline": {"layers_per_stage": "Ett|tt|mm|L"}},
+        {"parallel": layout(pp=2, vpp=2, dp=2), "moe": {**MOE, "moe_layer_freq": [1, 1, 0, 0]}},
+    ],
+    ids=["TP2 PP2", "a stage of their own", "PP2 VPP2"],
+)
+def test_the_plan_counts_the_weights_that_are_built(sections) -> None:
+    """But for the final norm, which is counted with the loss, and then stands behind the last layer."""
+    made = experiment(**{"moe": MOE, "model": {**LATENT, **TWO}} | sections)
+    final_norm = 0 if made.pipeline.layers_per_stage[-1] else made.model.hidden_size
+    for counts in ranks(4).run(on_ranks.built_and_planned, made):
+        assert all(abs(built - planned) in (0, final_norm) for built, planned in counts), counts
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import train_on_ranks as on_ranks
+from deepseek_cases import LATENT, TWO
 from distributed import ranks
 from experiments import MOE, experiment, layout
 from training_runs import assert_same, checkpoint, copy_until, records, tensors
@@ -36,6 +37,15 @@ def close(a: list[dict], b: list[dict]) -> None:
             id="PP2, uneven, recompute, dropout",
         ),
         pytest.param({"parallel": layout(dp=2), "moe": None}, 2, id="DP2, dense"),
+        pytest.param(
+            {
+                "parallel": layout(pp=2),
+                "model": {**LATENT, **TWO},
+                "moe": {**MOE, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+            },
+            2,
+            id="PP2, latent attention, further tokens, expert biases",
+        ),
         pytest.param(
             {
                 "parallel": layout(dp=2, overlap_grad_reduce=True, overlap_param_gather=True),
