@@ -74,7 +74,7 @@ def run(
         print_experts(console, plan)
         print_journeys(console, plan)
     print_stages(console, experiment, plan)
-    print_memory(console, plan)
+    print_memory(console, experiment, plan)
     if schedules and iteration is not None:
         print_schedules(console, plan, iteration)
     print_forecast(console, experiment, plan)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from megatron_moe.config.layout_string import AUTO, layers_are_placed
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.advice import advice
 from megatron_moe.plan.forecast import MemoryForecast
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.stages import Stage
@@ -56,7 +57,7 @@ def print_stages(console: Console, experiment: Experiment, plan: Plan) -> None:
         console.print(f"The backward pass computes again in each layer: {', '.join(modules)}.\n")
 
 
-def print_memory(console: Console, plan: Plan) -> None:
+def print_memory(console: Console, experiment: Experiment, plan: Plan) -> None:
     """One row for each pipeline rank, by part; what does not fit is marked."""
     ranks = plan.forecast.ranks
     memories = [rank.memory for rank in ranks]
@@ -84,7 +85,7 @@ def print_memory(console: Console, plan: Plan) -> None:
     if limit is None:
         console.print("How much there is, is not known: launch.cluster.memory_gib says it.\n")
     if any((memory.headroom or 0) < 0 for memory in memories):
-        console.print(f"[bold red]![/] More than the {memory_of(limit or 0.0)} that are there.\n")
+        console.print("[bold red]! Does not fit.[/]", advice(experiment) + "\n")
 
 
 def _title(plan: Plan) -> str:

@@ -111,6 +111,27 @@ def test_what_does_not_fit_is_marked(capsys: pytest.CaptureFixture[str]) -> None
     assert "does not fit: pipeline rank" in text
 
 
+@pytest.mark.parametrize("given", [{"layers_per_stage": [0, 0]}, {"modules": ["moe_act"]}])
+def test_what_would_help_is_said_and_helps(
+    capsys: pytest.CaptureFixture[str], given: dict[str, object]
+) -> None:
+    sections = {
+        "data": {"kind": "mock"},
+        "model": {"hidden_size": 256, "kv_channels": 64},
+        "parallel": {"pipeline_model_parallel_size": 2},
+        "pipeline": {"layers_per_stage": [2, 2]},
+        "training": {"global_batch_size": 64, "micro_batch_size": 16, "seq_length": 32},
+        "launch": {"cluster": {"preset": "h100", "memory_gib": 0.027, "reserved_gib": 0.0}},
+    }
+    selective = {"granularity": "selective", "layers_per_stage": [0, 0]} if "modules" in given else {}
+    text = printed(capsys, filled(**sections, recompute={**given, **selective}))
+    said = re.search(r"Does not fit. recompute.layers_per_stage='\[(.*?)\]'", " ".join(text.split()))
+    assert said, text
+    counts = [int(count) for count in said[1].split(",")]
+    helped = make(filled(**sections, recompute={"granularity": "full", "layers_per_stage": counts}))
+    assert all((rank.memory.headroom or -1) >= 0 for rank in helped.forecast.ranks)
+
+
 def test_memory_that_is_not_known_is_said(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
