@@ -3,6 +3,7 @@ buffer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.model.moe import expert_loop as loops
 from megatron_moe.model.moe import weight_gradient
 from megatron_moe.model.moe.expert_loop import expert_loop
+from megatron_moe.model.moe.host_workers import in_threads
 
 HIDDEN, WIDTH = 6, 5
 SIZES = {
@@ -73,6 +75,53 @@ def test_without_gradients_it_keeps_nothing_and_gives_the_same() -> None:
         without = expert_loop(*leaves, "swiglu", sizes)
     assert without.grad_fn is None
     assert torch.equal(without, expert_loop(*leaves, "swiglu", sizes))
+
+
+@pytest.fixture
+def threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("unsorted", [False, True], ids=["sorted rows", "from tokens"])
+def test_threads_with_blocks_of_their_own_give_the_same_bits(
+    unsorted: bool, threads_as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loops, "BLOCK_ROWS", 4)
+    sizes = [3, 1, 0, 2, 2, 4, 1, 3] * 8
+    leaves = sample("swiglu", sizes, torch.float32, tokens=20 if unsorted else sum(sizes))
+    sources = torch.arange(sum(sizes)) * 7 % 20 if unsorted else None
+
+    def results(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            without = expert_loop(*leaves, "swiglu", sizes, sources)
+        output = expert_loop(*leaves, "swiglu", sizes, sources)
+        return [without.clone(), output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    with pytest.MonkeyPatch.context() as broken:
+        broken.setattr(loops, "in_threads", lambda work, blocks: pytest.fail("threads were used"))
+        results(1)
+        with pytest.raises(pytest.fail.Exception):
+            results(3)
+    for _ in range(5):
+        for mine, alone in zip(results(3), results(1), strict=True):
+            assert torch.equal(mine, alone)
+        assert torch.get_num_threads() == 1
+
+
+def test_an_error_of_one_thread_is_raised() -> None:
+    def work(pieces: Iterator[int]) -> None:
+        for piece in pieces:
+            if piece == 3:
+                raise ValueError("the third")
+
+    with pytest.raises(ValueError, match="the third"):
+        in_threads(work, range(8))
+    done: list[int] = []
+    in_threads(done.extend, range(8))
+    assert sorted(done) == list(range(8))
 
 
 def test_gate_weights_may_be_more_precise_than_tokens() -> None:

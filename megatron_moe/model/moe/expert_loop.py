@@ -7,18 +7,24 @@ single operations would write and read each of them, and fill fresh memory each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_moe.model.moe.host_workers import in_threads, workers
 from megatron_moe.model.moe.weight_gradient import WeightGradient
 
 BLOCK_ROWS = 512
 """Experts with few tokens share a block up to so many rows: fewer and larger steps between the products."""
+
+BLOCKS_PER_WORKER = 4
+"""Rows for so many blocks as long as the longest: with fewer, one worker may compute the last one while the
+others wait."""
 
 _aten: Any = torch.ops.aten
 
@@ -96,29 +102,44 @@ class _Block:
     """Rows of neighbouring experts.
 
     Attributes:
+        number: from 0.
         rows: of all rows.
-        experts: for each expert its number, and its rows within the block.
+        experts: their numbers.
+        sizes: rows of each.
     """
 
+    number: int
     rows: slice
-    experts: list[tuple[int, slice]]
+    experts: range
+    sizes: list[int]
 
     @property
     def length(self) -> int:
         return int(self.rows.stop - self.rows.start)
 
+    def of_each(self, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
+        """For each expert its number, and its part of each of these tensors over the block's rows."""
+        return zip(self.experts, *(x.split(self.sizes) for x in rows), strict=True)
+
 
 def _blocks(sizes: list[int]) -> list[_Block]:
     blocks: list[_Block] = []
-    experts: list[tuple[int, slice]] = []
-    start = length = 0
-    for expert, size in enumerate(sizes):
-        if experts and length + size > BLOCK_ROWS:
-            blocks.append(_Block(slice(start, start + length), experts))
-            start, length, experts = start + length, 0, []
-        experts.append((expert, slice(length, length + size)))
+    first = start = length = 0
+    for expert, size in enumerate([*sizes, BLOCK_ROWS + 1]):
+        if expert > first and length + size > BLOCK_ROWS:
+            rows, experts = slice(start, start + length), range(first, expert)
+            blocks.append(_Block(len(blocks), rows, experts, sizes[first:expert]))
+            first, start, length = expert, start + length, 0
         length += size
-    return [*blocks, _Block(slice(start, start + length), experts)]
+    return blocks
+
+
+def _for_each(blocks: list[_Block], work: Callable[[Iterator[_Block]], None]) -> None:
+    longest, rows = max(block.length for block in blocks), blocks[-1].rows.stop
+    if workers() > 1 and longest * BLOCKS_PER_WORKER * workers() <= rows:
+        in_threads(work, blocks)
+    else:
+        work(iter(blocks))
 
 
 class _Memory:
@@ -129,6 +150,41 @@ class _Memory:
 
     def __call__(self, width: int) -> Tensor:
         return self.like.new_empty(self.rows, width)
+
+
+class _Sums:
+    """What the experts make of the tokens, [t, h] or without `sources` [n, h].
+
+    Rows are added in the order of the blocks, whichever is done first, so that sums are always the same.
+    """
+
+    def __init__(self, tokens: Tensor, sources: Tensor | None, blocks: list[_Block], memory: _Memory) -> None:
+        self.sources, self.blocks, self.memory = sources, blocks, memory
+        self.sums = torch.empty_like(tokens) if sources is None else torch.zeros_like(tokens)
+        self._lock, self._next, self._done = Lock(), 0, set[int]()
+        self._places: dict[int, Tensor] = {}
+        self._spare: list[Tensor] = []
+
+    def place(self, block: _Block) -> Tensor:
+        """Where to write a block's rows, uninitialised."""
+        if self.sources is None:
+            return self.sums[block.rows]
+        with self._lock:
+            place = self._spare.pop() if self._spare else self.memory(self.sums.size(1))
+            self._places[block.number] = place
+        return place[: block.length]
+
+    def add(self, block: _Block) -> None:
+        """The block's rows are written."""
+        if self.sources is None:
+            return
+        with self._lock:
+            self._done.add(block.number)
+            while self._next in self._done:
+                rows, place = self.blocks[self._next].rows, self._places.pop(self._next)
+                self.sums.index_add_(0, self.sources[rows], place[: rows.stop - rows.start])
+                self._spare.append(place)
+                self._next += 1
 
 
 class _ExpertLoop(torch.autograd.Function):
@@ -146,30 +202,33 @@ class _ExpertLoop(torch.autograd.Function):
     ) -> Tensor:
         blocks, width, hidden = _blocks(sizes), fc2.size(2), tokens.size(1)
         memory, gated = _Memory(blocks, tokens), fc1.size(1) != width
-        inner = tokens.new_empty(len(weights), fc1.size(1)) if keep else memory(fc1.size(1))
-        gathered, products = (memory(hidden), memory(hidden)) if sources is not None else (None, None)
-        result = torch.zeros_like(tokens) if sources is not None else torch.empty_like(tokens)
-        activated, value = memory(width), HOST_ACTIVATIONS[activation].value
+        inner = tokens.new_empty(len(weights), fc1.size(1)) if keep else None
+        sums, value = _Sums(tokens, sources, blocks, memory), HOST_ACTIVATIONS[activation].value
         ins, outs = [w.t() for w in fc1.unbind()], [w.t() for w in fc2.unbind()]
-        for block in blocks:
-            x = _rows(tokens, sources, block, gathered)
-            before = inner[block.rows] if keep else inner[: block.length]
-            for expert, rows in block.experts:
-                torch.mm(x[rows], ins[expert], out=before[rows])
-            after = activated[: block.length]
-            value(before[:, :width], after)
-            if gated:
-                after *= before[:, width:]
-            after *= weights[block.rows, None]
-            y = result[block.rows] if products is None else products[: block.length]
-            for expert, rows in block.experts:
-                torch.mm(after[rows], outs[expert], out=y[rows])
-            if sources is not None:
-                result.index_add_(0, sources[block.rows], y)
+
+        def work(mine: Iterator[_Block]) -> None:
+            gathered = None if sources is None else memory(hidden)
+            before_of_block = memory(fc1.size(1)) if inner is None else inner
+            activated = memory(width)
+            for block in mine:
+                x, y = _rows(tokens, sources, block, gathered), sums.place(block)
+                before = before_of_block[: block.length] if inner is None else inner[block.rows]
+                for expert, x_e, before_e in block.of_each(x, before):
+                    torch.mm(x_e, ins[expert], out=before_e)
+                after = activated[: block.length]
+                value(before[:, :width], after)
+                if gated:
+                    after *= before[:, width:]
+                after *= weights[block.rows, None]
+                for expert, after_e, y_e in block.of_each(after, y):
+                    torch.mm(after_e, outs[expert], out=y_e)
+                sums.add(block)
+
+        _for_each(blocks, work)
         if keep:
             ctx.save_for_backward(tokens, weights, fc1, fc2, inner, sources)
             ctx.settings = activation, blocks
-        return result
+        return sums.sums
 
     @staticmethod
     @once_differentiable
@@ -179,50 +238,47 @@ class _ExpertLoop(torch.autograd.Function):
         needs_tokens, _, needs_fc1, needs_fc2, *_ = ctx.needs_input_grad
         width, hidden, gated = fc2.size(2), tokens.size(1), fc1.size(1) != fc2.size(2)
         memory, functions = _Memory(blocks, tokens), HOST_ACTIVATIONS[activation]
-        gathered, gathered_grads, products = (memory(hidden) if sources is not None else None for _ in "123")
-        after_grads, activated, value = memory(width), memory(width), memory(width)
-        before_grads = memory(fc1.size(1))
-        grad_tokens = None
-        if needs_tokens:
-            grad_tokens = torch.zeros_like(tokens) if sources is not None else torch.empty_like(tokens)
+        sums = _Sums(tokens, sources, blocks, memory) if needs_tokens else None
         grad_weights = torch.empty_like(weights)
         grad_fc1, grad_fc2 = WeightGradient(fc1, needs_fc1), WeightGradient(fc2, needs_fc2)
         ins, outs = fc1.unbind(), fc2.unbind()
-        for block in blocks:
-            of_block = slice(0, block.length)
-            p, before, after = weights[block.rows, None], inner[block.rows], activated[of_block]
-            dy, da, db = (
-                _rows(grads[0], sources, block, gathered_grads),
-                after_grads[of_block],
-                before_grads[of_block],
-            )
-            for expert, rows in block.experts:
-                torch.mm(dy[rows], outs[expert], out=da[rows])
-            # What the forward pass computed, without p.
-            first = value[of_block] if gated else after
-            functions.value(before[:, :width], first)
-            if gated:
-                torch.mul(first, before[:, width:], out=after)
-            torch.linalg.vecdot(da.to(p.dtype), after.to(p.dtype), out=grad_weights[block.rows])
-            after *= p
-            for expert, rows in block.experts:
-                grad_fc2.add(expert, dy[rows].t(), after[rows])
-            da *= p
-            if gated:
-                torch.mul(da, first, out=db[:, width:])
-                da *= before[:, width:]
-            functions.gradient(da, before[:, :width], db[:, :width])
-            if needs_fc1:
-                x = _rows(tokens, sources, block, gathered)
-                for expert, rows in block.experts:
-                    grad_fc1.add(expert, db[rows].t(), x[rows])
-            if grad_tokens is not None:
-                dx = grad_tokens[block.rows] if products is None else products[of_block]
-                for expert, rows in block.experts:
-                    torch.mm(db[rows], ins[expert], out=dx[rows])
-                if sources is not None:
-                    grad_tokens.index_add_(0, sources[block.rows], dx)
-        return grad_tokens, grad_weights, grad_fc1.whole(), grad_fc2.whole(), None, None, None, None
+
+        def work(mine: Iterator[_Block]) -> None:
+            gathered, gathered_grads = (None if sources is None else memory(hidden) for _ in "12")
+            after_grads, activated, value = memory(width), memory(width), memory(width)
+            before_grads = memory(fc1.size(1))
+            for block in mine:
+                of_block, dy = slice(0, block.length), _rows(grads[0], sources, block, gathered_grads)
+                p, before, after = weights[block.rows, None], inner[block.rows], activated[of_block]
+                da, db = after_grads[of_block], before_grads[of_block]
+                for expert, dy_e, da_e in block.of_each(dy, da):
+                    torch.mm(dy_e, outs[expert], out=da_e)
+                # What the forward pass computed, without p.
+                first = value[of_block] if gated else after
+                functions.value(before[:, :width], first)
+                if gated:
+                    torch.mul(first, before[:, width:], out=after)
+                torch.linalg.vecdot(da.to(p.dtype), after.to(p.dtype), out=grad_weights[block.rows])
+                after *= p
+                for expert, dy_e, after_e in block.of_each(dy, after):
+                    grad_fc2.add(expert, dy_e.t(), after_e)
+                da *= p
+                if gated:
+                    torch.mul(da, first, out=db[:, width:])
+                    da *= before[:, width:]
+                functions.gradient(da, before[:, :width], db[:, :width])
+                if needs_fc1:
+                    x = _rows(tokens, sources, block, gathered)
+                    for expert, db_e, x_e in block.of_each(db, x):
+                        grad_fc1.add(expert, db_e.t(), x_e)
+                if sums is not None:
+                    for expert, db_e, dx_e in block.of_each(db, sums.place(block)):
+                        torch.mm(db_e, ins[expert], out=dx_e)
+                    sums.add(block)
+
+        _for_each(blocks, work)
+        of_tokens = None if sums is None else sums.sums
+        return of_tokens, grad_weights, grad_fc1.whole(), grad_fc2.whole(), None, None, None, None
 
 
 def _rows(tokens: Tensor, sources: Tensor | None, block: _Block, memory: Tensor | None) -> Tensor:
