@@ -40,6 +40,11 @@ COLUMNS = (
     "over ours",
     "of the floor's speed",
 )
+EXAMPLES = """examples:
+  python tools/benchmark_moe.py --shape 64,8,512,256,4096 --rounds 5
+  python tools/benchmark_moe.py --shape 64,8,512,256,4096 --precision bf16 --without-loops
+  python tools/benchmark_moe.py --shape 64,1,512,1024,4096 --ranks 2
+"""
 COPIED_BYTES = 1 << 28
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="example: python tools/benchmark_moe.py --shape 64,8,512,256,4096 --rounds 5",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, default=1, help="processes that share the experts (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where it is there")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: fp32 on a CPU, else bf16")
-    parser.add_argument("--without-loops", action="store_true", help="leave out the two slow baselines")
+    parser.add_argument("--without-loops", action="store_true", help="leave out the slow baselines")
     args = parser.parse_args(argv)
     if "RANK" not in os.environ:
         return _launch(args.ranks, list(argv if argv is not None else sys.argv[1:]), args.device)
@@ -149,7 +154,7 @@ def _contenders(problem: Problem, device: Device, with_loops: bool) -> list[Cont
     if problem.ranks == 1:
         makers += hugging_face.MAKERS
         if with_loops:
-            makers += [baselines.token_loop, baselines.indexed_loop]
+            makers += [baselines.token_loop, baselines.indexed_token_loop, baselines.indexed_loop]
     made = []
     for maker in [*makers, baselines.dense]:
         try:

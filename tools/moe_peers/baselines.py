@@ -1,4 +1,4 @@
-"""What one writes first: a loop over tokens, and a loop over experts that indexes their weights. And a dense
+"""What one writes first: loops over tokens, and a loop over experts that indexes their weights. And a dense
 feed-forward layer of as many products."""
 
 from __future__ import annotations
@@ -9,38 +9,51 @@ from torch import Tensor
 
 from moe_peers.contender import Contender, Problem
 
+Indexed = Tensor | list[Tensor]
+"""Weights of the experts, stacked or each by itself."""
+
 TOKENS_OF_THE_LOOP = 64
 """It takes as long for each token, and is not given all of them."""
 
+TOKENS_OF_THE_INDEXED_LOOP = 8
+"""As above; for each token autograd adds up a gradient of the size of all experts, k times."""
+
 
 def token_loop(problem: Problem) -> Contender:
-    """One token after the other, through a module an expert (FastMoE's brute-force baseline)."""
+    """One token after the other, through a module an expert."""
     router = problem.router.clone().requires_grad_()
     ins = [weight.clone().requires_grad_() for weight in problem.fc1]
     outs = [weight.clone().requires_grad_() for weight in problem.fc2]
-
-    def forward(tokens: Tensor) -> Tensor:
-        experts, weights = _route(tokens, router, problem)
-        result = []
-        for token, numbers, gates in zip(tokens.unbind(), experts.tolist(), weights.unbind(), strict=True):
-            result.append(
-                sum(
-                    (
-                        p * _expert(token, ins[e], outs[e])
-                        for e, p in zip(numbers, gates.unbind(), strict=True)
-                    ),
-                    start=torch.zeros_like(token),
-                )
-            )
-        return torch.stack(result)
-
     return Contender(
         "loop over tokens",
-        forward,
+        lambda tokens: _token_by_token(tokens, router, ins, outs, problem),
         [router, *ins, *outs],
         tokens=min(TOKENS_OF_THE_LOOP, problem.tokens),
         rounds=2,
     )
+
+
+def indexed_token_loop(problem: Problem) -> Contender:
+    """One token after the other, the weights of its experts taken as weight[i] (FastMoE's brute-force
+    baseline as published)."""
+    router = problem.router.clone().requires_grad_()
+    fc1, fc2 = problem.fc1.detach().requires_grad_(), problem.fc2.detach().requires_grad_()
+    return Contender(
+        "loop over tokens and weight[i]",
+        lambda tokens: _token_by_token(tokens, router, fc1, fc2, problem),
+        [router, fc1, fc2],
+        tokens=min(TOKENS_OF_THE_INDEXED_LOOP, problem.tokens),
+        rounds=2,
+    )
+
+
+def _token_by_token(tokens: Tensor, router: Tensor, ins: Indexed, outs: Indexed, problem: Problem) -> Tensor:
+    experts, weights = _route(tokens, router, problem)
+    result = []
+    for token, numbers, gates in zip(tokens.unbind(), experts.tolist(), weights.unbind(), strict=True):
+        parts = (p * _expert(token, ins[e], outs[e]) for e, p in zip(numbers, gates.unbind(), strict=True))
+        result.append(sum(parts, start=torch.zeros_like(token)))
+    return torch.stack(result)
 
 
 def indexed_loop(problem: Problem) -> Contender:
