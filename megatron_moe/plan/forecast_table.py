@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 
 from rich.console import Console
+from rich.markup import escape
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan import devices
@@ -18,7 +19,7 @@ _ALWAYS_SHOWN = ("pipeline", "iteration")
 
 def print_forecast(console: Console, experiment: Experiment, plan: Plan) -> None:
     """The prediction for the run."""
-    console.print(f"[bold]Forecast[/], times from {plan.forecast.source}")
+    console.print(f"[bold]Forecast[/], times from {escape(plan.forecast.source)}")
     _print_iteration(console, plan)
     _print_speed(console, experiment, plan)
     console.print("[bold]What limits it[/]")

@@ -114,7 +114,7 @@ class Profile:
     def source(self) -> str:
         """Where its times come from, for the user to read."""
         ranks = f", {self.ranks} ranks at once" if self.on_host and self.ranks > 1 else ""
-        return f"measured on {self.device}{ranks}"
+        return f"measurements on {self.device}{ranks}"
 
     @property
     def optimizer_s_per_parameter(self) -> float:

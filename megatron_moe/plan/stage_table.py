@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 
 from megatron_moe.config.layout_string import AUTO, layers_are_placed
 from megatron_moe.config.schema import Experiment
@@ -85,7 +86,7 @@ def print_memory(console: Console, experiment: Experiment, plan: Plan) -> None:
     if limit is None:
         console.print("How much there is, is not known: launch.cluster.memory_gib says it.\n")
     if any((memory.headroom or 0) < 0 for memory in memories):
-        console.print("[bold red]! Does not fit.[/]", advice(experiment) + "\n")
+        console.print("[bold red]! Does not fit.[/]", escape(advice(experiment)) + "\n")
 
 
 def _title(plan: Plan) -> str:
