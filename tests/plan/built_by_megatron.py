@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig, multi_latent_attention
+from megatron.core.transformer.identity_op import IdentityOp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 GETTERS: dict[str, Callable[[], Any]] = {
@@ -37,6 +38,10 @@ GETTERS: dict[str, Callable[[], Any]] = {
 
 # Tied embeddings are moved to a GPU for a reduction, which the fake process group leaves out anyway.
 torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+# Latent attention makes the frequencies of its positions on a GPU, and asks whether its parts are of classes
+# that it has with Transformer Engine only.
+torch.cuda.current_device = lambda: "cpu"
+multi_latent_attention.TELinear = type("TELinear", (), {})
 
 
 def chunk_at(case: dict[str, Any], pipeline_rank: int, chunk: int) -> dict[str, Any]:
@@ -48,7 +53,8 @@ def chunk_at(case: dict[str, Any], pipeline_rank: int, chunk: int) -> dict[str, 
         sizes["virtual_pipeline_model_parallel_size"],
     )
     sizes["virtual_pipeline_model_parallel_size"] = virtual_size if virtual_size > 1 else None
-    config = TransformerConfig(
+    kind = MLATransformerConfig if "kv_lora_rank" in case["config"] else TransformerConfig
+    config = kind(
         **sizes,
         **{"add_bias_linear": False} | case["config"],
         use_cpu_initialization=True,
@@ -56,11 +62,18 @@ def chunk_at(case: dict[str, Any], pipeline_rank: int, chunk: int) -> dict[str, 
         pipeline_dtype=torch.float32,
     )
     virtual_rank = chunk if virtual_size > 1 else None
+    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=virtual_rank)
+    if config.multi_latent_attention:
+        # Its attention without Transformer Engine does not take heads of other widths, and has no weights.
+        for layer in layers.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = IdentityOp
+    further = None
+    if config.mtp_num_layers:
+        further = get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False, vp_stage=virtual_rank)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, vp_stage=virtual_rank
-        ),
+        transformer_layer_spec=layers,
+        mtp_block_spec=further,
         pre_process=pipeline_rank == 0 and chunk == 0,
         post_process=pipeline_rank == pipeline_size - 1 and chunk == virtual_size - 1,
         vp_stage=virtual_rank,

@@ -40,6 +40,13 @@ BARE_CASES: dict[str, Experiment] = {
         recompute={"layers_per_stage": [0, 0, 0]},
     ),
 }
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 12,
+}
 MODEL_CASES: dict[str, Experiment] = {
     "EDP, uneven VPP, first layer dense, QK norm, an empty last stage": filled(
         model={"megatron_core": {"qk_layernorm": True}},
@@ -105,6 +112,24 @@ MODEL_CASES: dict[str, Experiment] = {
             "expert_model_parallel_size": 2,
         },
     ),
+    "latent attention, multi-token prediction beside the loss": filled(
+        model={"multi_latent_attention": LATENT, "mtp_num_layers": 2},
+        moe={"moe_layer_freq": [0, 0, 1, 1]},
+        parallel={"pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+        pipeline={"layers_per_stage": [3, 1]},
+        recompute={"layers_per_stage": [0, 0]},
+    ),
+    "dense latent attention, multi-token prediction, tied embeddings": filled(
+        model={
+            "multi_latent_attention": LATENT,
+            "mtp_num_layers": 1,
+            "untie_embeddings_and_output_weights": False,
+        },
+        moe=None,
+        parallel={"pipeline_model_parallel_size": 2},
+        pipeline={"layers_per_stage": [3, 1]},
+        recompute={"layers_per_stage": [0, 0]},
+    ),
 }
 
 
@@ -120,12 +145,19 @@ def model_keywords(experiment: Experiment) -> dict[str, Any]:
         config.update(moe.model_dump(include={"num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq"}))
         config["moe_shared_expert_intermediate_size"] = moe.moe_shared_expert_intermediate_size
         config["moe_shared_expert_gate"] = moe.moe_shared_expert_gate
+    if model.multi_latent_attention is not None:
+        config |= {
+            **model.multi_latent_attention.model_dump(exclude={"yarn"}),
+            "qk_layernorm": True,
+            "rope_type": "rope",
+        }
+    config["mtp_num_layers"] = model.mtp_num_layers or None
     if len(sizes) > 1:
         stages = [["decoder"] * size for size in sizes]
         config["pipeline_model_parallel_layout"] = [
             ["embedding", *stages[0]],
             *stages[1:-1],
-            [*stages[-1], "loss"],
+            [*stages[-1], *["mtp"] * model.mtp_num_layers, "loss"],
         ]
     return {
         "config": config,

@@ -7,7 +7,12 @@ from plan_experiments import filled
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.costs import count_parameters, flops_per_token, padded_vocab_size
+from megatron_moe.plan.costs import (
+    count_mtp_parameters,
+    count_parameters,
+    flops_per_token,
+    padded_vocab_size,
+)
 
 
 def model(
@@ -17,9 +22,11 @@ def model(
     vocabulary: int,
     experts: tuple[int, int, int] | None,
     seq_length: int = 4096,
+    shared: int | None = None,
     **keys: object,
 ) -> Experiment:
-    """`heads`: query heads, key heads, width of one; `experts`: number, top-k, inner width."""
+    """`heads`: query heads, key heads, width of one; `experts`: number, top-k, inner width; `shared`: inner
+    width of the shared experts together, which have a gate."""
     return filled(
         model={
             "num_layers": layers,
@@ -37,8 +44,47 @@ def model(
             "num_moe_experts": experts[0],
             "moe_router_topk": experts[1],
             "moe_ffn_hidden_size": experts[2],
+            "moe_shared_expert_intermediate_size": shared,
+            "moe_shared_expert_gate": shared is not None,
         },
         training={"seq_length": seq_length},
+    )
+
+
+def deepseek(
+    layers: int,
+    hidden: int,
+    dense: tuple[int, int],
+    vocabulary: int,
+    experts: tuple[int, int, int, int],
+    mtp_layers: int = 0,
+) -> Experiment:
+    """128 heads of latent attention. `dense`: layers without experts, their inner width; `experts`: number,
+    top-k, inner width, inner width of the shared ones together."""
+    return filled(
+        model={
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": 128,
+            "multi_latent_attention": {
+                "q_lora_rank": 1536,
+                "kv_lora_rank": 512,
+                "qk_head_dim": 128,
+                "qk_pos_emb_head_dim": 64,
+                "v_head_dim": 128,
+            },
+            "mtp_num_layers": mtp_layers,
+            "ffn_hidden_size": dense[1],
+            "vocab_size": vocabulary,
+        },
+        moe={
+            "moe_first_k_dense_layers": dense[0],
+            "num_moe_experts": experts[0],
+            "moe_router_topk": experts[1],
+            "moe_ffn_hidden_size": experts[2],
+            "moe_shared_expert_intermediate_size": experts[3],
+        },
+        training={"seq_length": 4096},
     )
 
 
@@ -50,6 +96,19 @@ PUBLISHED = {
     "Mixtral 8x22B": (model(56, 6144, (48, 8, 128), 32768, (8, 2, 16384)), 141e9, 39e9),
     "Skywork-MoE": (SKYWORK, 146.36e9, 22.69e9),
     "Skywork-MoE's dense parent": (SKYWORK_PARENT, 13.85e9, 13.85e9),
+    "DeepSeek-V2": (deepseek(60, 5120, (1, 12288), 102400, (160, 6, 1536, 3072)), 236e9, 21e9),
+    # Published as 37, and in one digit more beside the released weights.
+    "DeepSeek-V3": (deepseek(61, 7168, (3, 18432), 129280, (256, 8, 2048, 2048)), 671e9, 36.7e9),
+    "Qwen2-57B-A14B": (
+        model(28, 3584, (28, 4, 128), 151936, (64, 8, 2560), shared=20480, add_qkv_bias=True),
+        57.4e9,
+        14.2e9,
+    ),
+    "Qwen3-235B-A22B": (
+        model(94, 4096, (64, 4, 128), 151936, (128, 8, 1536), qk_layernorm=True),
+        235e9,
+        22e9,
+    ),
     "Qwen3-30B-A3B": (
         model(48, 2048, (32, 4, 128), 151936, (128, 8, 768), qk_layernorm=True),
         30.5e9,
@@ -61,10 +120,35 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(name: str) -> None:
+    """Some sources count the embedding among the active ones, which is looked up and not multiplied, and
+    others do not."""
     experiment, total, active = PUBLISHED[name]
-    parameters = count_parameters(experiment)
+    parameters, vocab_size = count_parameters(experiment), experiment.model.vocab_size
+    assert vocab_size is not None
     assert parameters.total == pytest.approx(total, rel=0.01)
-    assert parameters.active == pytest.approx(active, rel=0.01)
+    without_embedding = parameters.active - vocab_size * experiment.model.hidden_size
+    assert pytest.approx(active, rel=0.01) in (parameters.active, without_embedding)
+
+
+def test_multi_token_prediction_is_counted_apart() -> None:
+    """DeepSeek-V3's released weights hold 11.5 B of it, embedding and output layer being the model's."""
+    plain, further = (deepseek(61, 7168, (3, 18432), 129280, (256, 8, 2048, 2048), n) for n in (0, 1))
+    assert count_parameters(further) == count_parameters(plain)
+    assert count_mtp_parameters(plain) == 0
+    assert count_mtp_parameters(further) == pytest.approx(11.5e9, rel=0.01)
+
+
+def test_flops_of_latent_attention_and_multi_token_prediction() -> None:
+    """DeepSeek-V3 by hand: three times two for each weight that a token passes, and for each layer's scores
+    (192 numbers of a key) and what they weigh (128 of a value), at 128 heads over 4,096 tokens."""
+    plain, further = (deepseek(61, 7168, (3, 18432), 129280, (256, 8, 2048, 2048), n) for n in (0, 1))
+    scores = 4096 * 128 * (192 + 128)
+    narrow = 7168 * (1536 + 512 + 64) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168
+    experts = 7168 * 256 + 9 * 3 * 7168 * 2048
+    passed = 61 * narrow + 3 * 3 * 7168 * 18432 + 58 * experts + 129280 * 7168
+    assert flops_per_token(plain) == 6 * (passed + 61 * scores)
+    one_more = 2 * 7168 * 7168 + narrow + experts + 129280 * 7168
+    assert flops_per_token(further) == 6 * (passed + one_more + 62 * scores)
 
 
 def test_flops_are_those_behind_skyworks_published_utilisation() -> None:
