@@ -96,7 +96,7 @@ def _complete(event: Event) -> dict[str, Any]:
 def planned_events(
     timeline: Timeline, forecast: Forecast, recompute_s: Sequence[float], transfer_s: float
 ) -> list[Event]:
-    """A simulated iteration. What a rank computes and its waits fill the time from its start to its end.
+    """A simulated iteration. What a rank computes, sends and waits for leaves no time out.
 
     Args:
         recompute_s: of each stage, the part of its backward pass in which it computes again.
@@ -109,9 +109,10 @@ def planned_events(
     events = []
     for passes in of_rank:
         events += passes
-        events += _waits(passes, timeline.makespan_s)
-        if ranks > 1 and transfer_s > 0:
-            events += _sends(passes, len(recompute_s), transfer_s)
+        # Chunks of one rank hand on what they make without a message.
+        events += _communication(
+            passes, len(recompute_s), transfer_s if ranks > 1 else 0.0, timeline.makespan_s
+        )
         events += _update(passes[0].pipeline_rank, timeline.makespan_s, forecast)
     return events
 
@@ -129,44 +130,35 @@ def _passes(timeline: Timeline, recompute_s: Sequence[float]) -> Iterator[Event]
         yield Event(f"{kind}{microbatch}", category, rank, "computation", start, end - start, args)
 
 
-def _waits(passes: Sequence[Event], end_s: float) -> Iterator[Event]:
-    """The time between the passes of a rank, and before and behind them."""
-    rank, now = passes[0].pipeline_rank, 0.0
-    for start, end in [
-        *((event.start_s, event.start_s + event.duration_s) for event in passes),
-        (end_s, end_s),
-    ]:
-        # Less is rounding.
-        if start - now > 1e-9 * end_s:
-            yield Event("wait", "wait", rank, "computation", now, start - now)
-        now = end
-
-
-def _sends(passes: Sequence[Event], num_stages: int, transfer_s: float) -> Iterator[Event]:
-    """What goes to the next stage. Of two at the same time the later is shown from the other's end on."""
-    free_s = 0.0
+def _communication(
+    passes: Sequence[Event], num_stages: int, transfer_s: float, end_s: float
+) -> Iterator[Event]:
+    """Sends to other stages, and waits: the time in which a rank neither computes nor sends. Of two sends at
+    the same time the later is shown from the other's end on."""
+    rank, computed_s, sent_s = passes[0].pipeline_rank, 0.0, 0.0
     for event in passes:
+        yield from _wait(rank, max(computed_s, sent_s), event.start_s, end_s)
+        computed_s = event.start_s + event.duration_s
         stage, is_forward = int(event.args["stage"]), event.name.startswith("F")
-        if event.name.startswith("W") or stage == (num_stages - 1 if is_forward else 0):
+        if not transfer_s or event.name.startswith("W") or stage == (num_stages - 1 if is_forward else 0):
             continue
-        end_s = event.start_s + event.duration_s
-        start_s, free_s = max(end_s, free_s), end_s + transfer_s
-        args = {"to_stage": stage + (1 if is_forward else -1)}
+        start_s, sent_s = max(computed_s, sent_s), computed_s + transfer_s
+        to_stage = {"to_stage": stage + (1 if is_forward else -1)}
         yield Event(
-            f"send {event.name}",
-            "communication",
-            event.pipeline_rank,
-            "communication",
-            start_s,
-            free_s - start_s,
-            args,
+            f"send {event.name}", "communication", rank, "communication", start_s, sent_s - start_s, to_stage
         )
+    yield from _wait(rank, max(computed_s, sent_s), end_s, end_s)
+
+
+def _wait(rank: int, start_s: float, end_s: float, whole_s: float) -> Iterator[Event]:
+    # Less is rounding.
+    if end_s - start_s > 1e-9 * whole_s:
+        yield Event("wait", "wait", rank, "communication", start_s, end_s - start_s)
 
 
 def _update(rank: int, start_s: float, forecast: Forecast) -> Iterator[Event]:
     """What ends an iteration: gradients are reduced and weights gathered, and the optimizer steps."""
     if forecast.gradient_s > 0:
-        yield Event("wait", "wait", rank, "computation", start_s, forecast.gradient_s)
         yield Event("reduce and gather", "gradients", rank, "communication", start_s, forecast.gradient_s)
     if forecast.optimizer_s > 0:
         start_s += forecast.gradient_s
