@@ -83,19 +83,19 @@ def _of_host(host: Host, ranks: int) -> Preset:
         peak_bf16_tflops=bf16 or fp32 * _NO_BF16_UNITS,
         peak_fp8_tflops=None,
         peak_fp32_tflops=fp32,
-        achievable_fraction=0.70,  # stated: oneDNN or MKL on large products
+        achievable_fraction=0.50,  # stated: oneDNN or MKL on large products
         attention_fraction=0.25,  # stated: torch's fused attention on a processor
         matrix_padding=16,  # stated: a vector
         memory_bandwidth_gb_s=bandwidth,
         memory_fraction=0.80,  # stated
-        kernel_us=10.0,  # stated: an operation of torch through autograd
+        kernel_us=30.0,  # stated: an operation of torch through autograd
         intra_node_gb_s=max(2.0, bandwidth / 4),  # stated: gloo over loopback
-        intra_node_latency_us=80.0,  # stated: a message of gloo
+        intra_node_latency_us=400.0,  # stated: a message of gloo, the other rank waited for
         inter_node_gb_s=1.25,  # stated: 10 Gb/s Ethernet
-        inter_node_latency_us=150.0,  # stated
+        inter_node_latency_us=600.0,  # stated
         network_fraction=0.80,  # stated
         all_to_all_fraction=0.60,  # stated
-        overlap_fraction=0.25,  # stated: the same cores do both
+        overlap_fraction=0.10,  # stated: the same cores do both
     )
 
 
