@@ -37,7 +37,7 @@ def written_keys(folder: Path) -> set[str]:
     written: set[str] = set()
     for number, sources in enumerate((prepare, {"blend": {"one": prepare, "other": prepare}})):
         tiny = experiment(
-            model={"vocab_size": 300},
+            model={"vocab_size": 300, "mtp_num_layers": 2 * number},
             training={
                 "train_iters": 2,
                 "eval_interval": 1,

@@ -39,7 +39,7 @@ def keys_of_latent_attention(e: Experiment) -> Problems:
         text = f"does not go with {LATENT}, of whose heads qk_pos_emb_head_dim channels are rotated"
         yield Problem(("model.rotary_percent",), text, "leave it out, and set that")
     for field, why in _FIELDS.items():
-        if model.megatron_core.get(field):
+        if field in model.megatron_core:
             text = f"does not go with {LATENT}: {why}"
             yield Problem((f"model.megatron_core.{field}",), text, "leave it out")
 

@@ -39,8 +39,11 @@ def called_from_outside(sources: list[str]) -> list[str]:
 def unread() -> set[str]:
     """Keys that neither another room reads, nor a derived default of another key."""
     outside = outside_config()
-    defaults = (PACKAGE / "config" / "defaults.py").read_text(encoding="utf-8")
-    found = reads([*outside, *called_from_outside(outside)]) | reads([defaults])
+    defaults = [
+        (PACKAGE / "config" / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("defaults", "stage_counts")
+    ]
+    found = reads([*outside, *called_from_outside(outside)]) | reads(defaults)
     return {key for read, key in keys_of().items() if read not in found}
 
 

@@ -82,9 +82,12 @@ def test_what_the_model_room_sets_cannot_be_set_here_too() -> None:
     } | {"virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"}
     assert len(set_there) > 20
     open_to_all = {
-        name for name in set_there if own_key(name) is None and refusal(name, "transformer_engine") is None
+        name
+        for name in set_there & reader.transformer_fields().keys()
+        if own_key(name) is None and refusal(name, "transformer_engine") is None
     }
-    assert open_to_all == set()
+    # It is set with multi-latent attention only, beside which a rule refuses it.
+    assert open_to_all == {"qk_layernorm"}
 
 
 @pytest.mark.second_pair

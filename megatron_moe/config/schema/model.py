@@ -14,6 +14,7 @@ from megatron_moe.config.schema.section import (
     PositiveFloat,
     PositiveInt,
     Section,
+    Width,
 )
 
 
@@ -39,15 +40,15 @@ class MultiLatentAttention(Section):
     """Multi-head latent attention (DeepSeek-V2): keys and values, and if wanted queries, pass through a
     narrow projection with a norm behind it, and positions reach a part of each head of their own."""
 
-    q_lora_rank: PositiveInt | None = None
+    q_lora_rank: Width | None = None
     """Width of the narrow projection of queries. Default: queries are projected at once."""
-    kv_lora_rank: PositiveInt = 512
+    kv_lora_rank: Width = 512
     """Width of the narrow projection that keys and values share."""
-    qk_head_dim: PositiveInt = 128
+    qk_head_dim: Width = 128
     """Part of each query and key head without positions."""
-    qk_pos_emb_head_dim: PositiveInt = 64
+    qk_pos_emb_head_dim: Width = 64
     """Part of each query and key head that is rotated; keys share one among all heads."""
-    v_head_dim: PositiveInt = 128
+    v_head_dim: Width = 128
     """Width of a value head."""
     yarn: Yarn | None = None
     """Stretched rotary positions. Default: plain ones."""
@@ -58,31 +59,32 @@ class Model(Section):
 
     num_layers: LayerCount
     """Transformer layers."""
-    hidden_size: PositiveInt
+    hidden_size: Width
     """Width h of the residual stream."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Width
     """Query heads."""
-    num_query_groups: PositiveInt | None = None
+    num_query_groups: Width | None = None
     """Key and value heads (grouped-query attention). Default: num_attention_heads."""
-    kv_channels: PositiveInt | None = None
-    """Width of one attention head. Default: hidden_size / num_attention_heads; under multi_latent_attention
-    that of its query heads, qk_head_dim + qk_pos_emb_head_dim."""
-    ffn_hidden_size: PositiveInt | None = None
+    kv_channels: Width | None = None
+    """Width of one attention head; under multi_latent_attention that of its query heads, qk_head_dim +
+    qk_pos_emb_head_dim. Default: hidden_size / num_attention_heads."""
+    ffn_hidden_size: Width | None = None
     """Inner width of a dense feed-forward layer. Default: 4 x hidden_size."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Width | None = None
     """Token ids the model knows, before padding. Default: the tokenizer's."""
-    make_vocab_size_divisible_by: PositiveInt = 128
+    make_vocab_size_divisible_by: Width = 128
     """The vocabulary is padded to a multiple of this. Unlike in Megatron-LM it does not depend on the
     tensor-parallel size, so that a checkpoint fits every layout."""
-    max_position_embeddings: PositiveInt | None = None
+    max_position_embeddings: Width | None = None
     """Longest sequence that positions are defined for. Default: training.seq_length."""
     multi_latent_attention: MultiLatentAttention | None = None
     """Attention through narrow projections, instead of num_query_groups and kv_channels. Leave the section
     out for grouped-query attention."""
     mtp_num_layers: NonNegativeInt = 0
-    """Multi-token-prediction layers (DeepSeek-V3) behind the last layer: each predicts one token further."""
+    """Multi-token-prediction layers (DeepSeek-V3) behind the last layer, of its kind: each predicts one token
+    further."""
     mtp_loss_scaling_factor: PositiveFloat = 0.1
-    """Weight of their mean loss beside the language-model loss."""
+    """Weight of their loss, a mean over them, beside the language-model loss."""
     position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
     """How positions reach the model."""
     rotary_base: PositiveFloat = 10000.0

@@ -47,11 +47,12 @@ class Pipeline(Section):
     `auto`: the planner places them, so that every stage fits its memory and an iteration is shortest. The
     first stage may have no layer beside the embedding, the last none beside the loss. Default: even."""
     num_layers_in_first_stage: NonNegativeInt | None = None
-    """Layers of the first stage, those between being even; instead of layers_per_stage."""
+    """Layers of the first stage, those of the others being even; instead of layers_per_stage."""
     num_layers_in_last_stage: NonNegativeInt | None = None
-    """Layers of the last stage, those between being even; instead of layers_per_stage."""
+    """Layers of the last stage, those of the others being even; instead of layers_per_stage."""
     mtp_stage: NonNegativeInt | None = None
-    """Stage, from 0, that holds the multi-token-prediction layers. Default: the last, beside the loss."""
+    """Stage, from 0, that holds the multi-token-prediction layers: the last, or the one before it where the
+    last holds the loss only. Default: the last, beside the loss."""
 
 
 class Recompute(Section):
