@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from validate_planner import RUNS, Row, row
+from distributed import REPOSITORY
+from validate_planner import RUNS, Row, Run, row
 
+PAGE = (REPOSITORY / "docs" / "planner.md").read_text(encoding="utf-8")
 CALIBRATED = [run.name for run in RUNS if not run.is_held_out]
 LAYOUTS = ["DP 256 x PP 2", "DP 128 x PP 4", "DP 256 x TP 2", "DP 128 x TP 4"]
 """Of Skywork-13B, the fastest first."""
@@ -53,3 +55,21 @@ def test_nvidia_counts_half_of_it() -> None:
     """245 TFLOP/s and 19.7 s a step belong together where half of the square counts."""
     of_run = found("Qwen3-235B")
     assert of_run.published * of_run.mfu / of_run.planned * 989 == pytest.approx(245, rel=0.01)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def test_the_page_shows_what_is_planned(run: Run) -> None:
+    """docs/planner.md, whose table is made by the tool. Otherwise: python tools/validate_planner.py"""
+    name = run.name.replace(", H800:", ",")
+    lines = [
+        line for line in PAGE.splitlines() if line.startswith((f"| {name} |", f"| *held out:* {name} |"))
+    ]
+    assert len(lines) == 1, lines
+    cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    of_run = found(run.name)
+    assert cells[2] == run.published
+    assert cells[1].startswith(f"{of_run.plan.layout.world_size:,} ")
+    assert float(cells[3].replace(",", "")) == pytest.approx(of_run.published, rel=0.001)
+    assert float(cells[4].replace(",", "")) == pytest.approx(of_run.planned, rel=0.01)
+    assert float(cells[5].removesuffix(" %")) / 100 == pytest.approx(of_run.off, abs=0.015)
+    assert float(cells[6].removesuffix(" %")) / 100 == pytest.approx(of_run.mfu, rel=0.02)
