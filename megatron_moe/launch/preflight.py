@@ -44,7 +44,8 @@ def check(loaded: Loaded, machine: Machine | None = None) -> None:
 
 def _scores(experiment: Experiment, machine: Machine) -> Iterator[Problem]:
     """On a host dropout makes attention keep its scores, s x s for each head."""
-    its_plan = plan.make(experiment)
+    # `profile` comes by here too, to replace one that is about something else.
+    its_plan = plan.make(experiment, profiled=False)
     needed = score_bytes(experiment, its_plan)
     if identity.from_environment(os.environ) is not None:  # one rank of those here is sure to be ours
         needed //= its_plan.layout.world_size

@@ -96,13 +96,16 @@ class Plan:
         )
 
 
-def make(experiment: Experiment) -> Plan:
+def make(experiment: Experiment, *, profiled: bool = True) -> Plan:
     """The plan of a filled experiment.
+
+    Args:
+        profiled: whether a profile that there is takes the place of the model's times.
 
     Raises InputError where it says `auto` and nothing fits, and where a profile is of another model or
     device.
     """
-    measured = profile_of(experiment)
+    measured = profile_of(experiment) if profiled else None
     experiment = placed(experiment, measured)
     layout, cluster = Layout.of(experiment), Cluster.of(experiment)
     units = assemble(experiment, layout, cluster, measured)

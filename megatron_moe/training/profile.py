@@ -20,6 +20,8 @@ from megatron_moe.engine import groups
 from megatron_moe.plan import devices
 from megatron_moe.training.profile_session import Session
 
+LAYERS = ("dense", "moe")
+"""Kinds that `recompute.layers_per_stage` counts."""
 MEASURED = "measured.json"
 """What `run_part` writes."""
 
@@ -64,12 +66,12 @@ def measure(folder: Path, plain: Experiment, recomputed: Experiment) -> dict[str
         kind: {
             "forward_s": forward_s[kind],
             "backward_s": backward_s[kind],
-            "recompute_s": max(0.0, backward_again_s[kind] - backward_s[kind]) * (kind in ("dense", "moe")),
+            "recompute_s": max(0.0, backward_again_s[kind] - backward_s[kind]) * (kind in LAYERS),
             "weight_gradient_s": max(0.0, backward_s[kind] - without_weights_s[kind]),
             "exposed_s": exposed_s if kind == "moe" else 0.0,
             "hidden_s": hidden_s if kind == "moe" else 0.0,
             "kept_bytes": kept[kind],
-            "kept_if_recomputed_bytes": kept_again[kind],
+            "kept_if_recomputed_bytes": (kept_again if kind in LAYERS else kept)[kind],
             "working_bytes": working[kind],
         }
         for kind in forward_s

@@ -20,7 +20,6 @@ from torch import Tensor
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import groups, schedule
-from megatron_moe.engine.checkpoint import unwrap
 from megatron_moe.engine.piece_marks import BACK, BEGIN, END, OUTPUT, MemoryMarks, Places, TimeMarks, place
 from megatron_moe.engine.stopwatch import BACKWARD, FORWARD, Stopwatch
 from megatron_moe.plan import plan
@@ -42,7 +41,7 @@ class Session:
     """A small model in training, and its measurements, means over all ranks."""
 
     def __init__(self, experiment: Experiment, folder: Path) -> None:
-        its_plan = plan.make(experiment)
+        its_plan = plan.make(experiment, profiled=False)
         self.trainer: Trainer = start(experiment, its_plan, folder)
         self.places = Places(self.trainer.chunks[0])
         self.kinds: list[Kind] = ["moe" if has_experts else "dense" for has_experts in moe_layers(experiment)]
@@ -53,8 +52,8 @@ class Session:
             self._step(None)
 
     def close(self) -> None:
-        """Leave the ranks free for another model."""
-        for module in list(unwrap(self.trainer.chunks[0]).modules()):
+        """Leave the ranks and their memory free for another model, which hooks would keep alive."""
+        for module in list(self.trainer.chunks[0].modules()):
             module.__dict__.clear()
         del self.trainer, self.places, self._batches
         groups.destroy()

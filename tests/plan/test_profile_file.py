@@ -54,7 +54,7 @@ def test_forecasts_are_made_of_measured_times(tmp_path):
     # Two layers a stage, beside embedding and head.
     assert [rank.forward_s for rank in forecast.ranks] == pytest.approx([0.003, 0.003])
     assert [rank.backward_s for rank in forecast.ranks] == pytest.approx([0.006, 0.006])
-    assert "measured on" in forecast.source
+    assert "measurements on" in forecast.source
     again = in_folder(tmp_path, recompute={"layers_per_stage": [2, 1]})
     backward = [rank.backward_s for rank in plan.make(again).forecast.ranks]
     assert backward == pytest.approx([0.0078, 0.0069])
