@@ -92,7 +92,13 @@ CASES: dict[str, tuple[Experiment, int]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+ON_BOTH_PAIRS = ("fp32", "latent attention", "multi-token prediction", "TP, SP, EDP")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.second_pair) if c in ON_BOTH_PAIRS else c for c in CASES],
+)
 def test_pieces_keep_what_the_planner_counts(case: str) -> None:
     """Of a layer to 1.5 %, the mean over ranks, and of the whole to 1 %. The first layer is only part of the
     whole: in bf16 its input stays until the forward pass is over, and not longer."""
