@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import pytest
 from plan_experiments import filled
 
+from megatron_moe.config.loading import load
 from megatron_moe.plan import command, wording
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.plan import make
 
+ROOT = Path(__file__).parents[2]
 LARGE = filled(
     parallel={
         "tensor_model_parallel_size": 4,
@@ -71,6 +73,17 @@ def test_a_large_plan_fits_a_terminal_and_cuts_nothing_off(
     assert [row[1] for row in rows_under(text, "Memory of each rank")] == [
         str(rank.in_flight) for rank in make(LARGE).forecast.ranks
     ]
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "mixtral_8x7b", "deepseek_v3"])
+def test_recipes_fit_a_terminal(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    command.run(load(ROOT / "configs" / f"{recipe}.yaml", []), None, False)
+    text = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def rows_under(text: str, title: str) -> list[list[str]]:
