@@ -22,11 +22,9 @@ def assemble(
     kinds: list[Kind] = [
         "moe" if layer in with_experts else "dense" for layer in range(experiment.model.num_layers)
     ]
-    has_mtp = experiment.model.mtp_num_layers > 0
-    pieces = {
-        kind: _unit(experiment, layout, cluster, measured, kind)
-        for kind in dict.fromkeys(("embedding", *kinds, *["mtp"] * has_mtp, "head"))
-    }
+    mtp: list[Kind] = ["mtp"] if experiment.model.mtp_num_layers else []
+    there: list[Kind] = ["embedding", *kinds, *mtp, "head"]
+    pieces = {kind: _unit(experiment, layout, cluster, measured, kind) for kind in dict.fromkeys(there)}
     transfer_s, transfer_bytes = timing.transfer(experiment, layout, cluster)
     return Units(
         embedding=pieces["embedding"],

@@ -41,11 +41,12 @@ def resolve(loaded: Loaded) -> Loaded:
     return replace(loaded, experiment=changed, provenance=provenance)
 
 
-def placed(experiment: Experiment, measured: Profile | None) -> Experiment:
+def placed(experiment: Experiment, measured: Profile | None, prove: bool = True) -> Experiment:
     """A filled experiment with lists in the places of `auto`; itself where there is none.
 
     Args:
         measured: what takes the place of the models' times and bytes.
+        prove: that the placement is the fastest; see `placement.place`.
 
     Raises InputError where no placement fits the memory, or what is fixed does not go with what was found.
     """
@@ -64,7 +65,9 @@ def placed(experiment: Experiment, measured: Profile | None) -> Experiment:
         fixed_recompute=counts if isinstance(counts, list) else None,
         method=recompute.method,
         mtp_stage=experiment.pipeline.mtp_stage,
+        prove=prove,
     )
+    is_planned, again = counts == AUTO, any(found.recompute_per_rank)
     changed = experiment.model_copy(
         update={
             "pipeline": experiment.pipeline.model_copy(
@@ -73,7 +76,7 @@ def placed(experiment: Experiment, measured: Profile | None) -> Experiment:
             "recompute": recompute.model_copy(
                 update={
                     "layers_per_stage": list(found.recompute_per_rank),
-                    "granularity": recompute.granularity if any(found.recompute_per_rank) else "none",
+                    "granularity": "none" if is_planned and not again else recompute.granularity,
                 }
             ),
         }

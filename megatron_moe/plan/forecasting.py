@@ -13,6 +13,7 @@ from megatron_moe.plan.costs import flops_per_token
 from megatron_moe.plan.forecast import Forecast, MemoryForecast, RankForecast
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.limits import limits_of
+from megatron_moe.plan.schedules.orders import ScheduleName
 from megatron_moe.plan.schedules.simulation import StageTimes, simulate
 from megatron_moe.plan.schedules.timeline import Timeline
 from megatron_moe.plan.stage_units import StageCost, stage_cost
@@ -51,7 +52,7 @@ def foretell(
     """The forecast of a filled experiment whose stages are known."""
     costs = stage_costs(experiment, stages, units)
     pipeline_size, microbatches = layout.pipeline_model_parallel_size, num_microbatches(experiment)
-    name = "interleaved" if layout.virtual_pipeline_model_parallel_size > 1 else "1f1b"
+    name: ScheduleName = "interleaved" if layout.virtual_pipeline_model_parallel_size > 1 else "1f1b"
     timeline = simulate(name, stage_times(costs), pipeline_size, microbatches, units.transfer_s)
     of_rank = [costs[rank::pipeline_size] for rank in range(pipeline_size)]
     ranks = tuple(_rank(rank, of_rank[rank], timeline, cluster) for rank in range(pipeline_size))

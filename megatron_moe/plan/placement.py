@@ -46,6 +46,7 @@ def place(
     fixed_recompute: Sequence[int] | None,
     method: str,
     mtp_stage: int | None,
+    prove: bool = True,
 ) -> Placement:
     """The fastest placement that fits; of equally fast ones one with little recomputation, and even.
 
@@ -57,6 +58,8 @@ def place(
         fixed_recompute: the recompute count of each pipeline rank where they are given.
         method: of recomputing whole layers, `block` or `uniform`.
         mtp_stage: the stage with the multi-token-prediction layers; None: the last.
+        prove: search until nothing can be faster, or until the time for it is over; False: be content with
+            what small changes don't make faster, for a search over many layouts.
 
     Raises NothingFits, with what is missing and what would do.
     """
@@ -76,7 +79,7 @@ def place(
         raise nothing_fits(candidates, start, has_fixed_layers=fixed_layers is not None)
     best, bound = start, None
     if fixed_layers is None and pipeline_size > 1:
-        best, bound = _fastest(candidates, start)
+        best, bound = _fastest(candidates, start) if prove else (improve(candidates, start), 0.0)
     makespan = float(candidates.makespans([best])[0])
     return Placement(best, candidates.recompute(best), makespan, makespan if bound is None else bound)
 

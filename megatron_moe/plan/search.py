@@ -1,36 +1,37 @@
 """A better layout for an experiment on so many GPUs.
 
-Each candidate (`search_space`) gets an estimate of its iteration, from the costs of its pieces spread evenly
-over the stages; what cannot fit however much is computed again is left out. From the best estimate on, layers
+Each candidate (`search_space`) gets an estimate of its iteration (`search_estimate`), and what cannot fit
+however much is computed again is left out. From the best estimate on, layers
 and recomputation are placed and the schedule is simulated, until the estimates left are slower than the tenth
 best iteration found.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import journeys, timing
+from megatron_moe.plan import journeys
 from megatron_moe.plan.assembly import assemble
 from megatron_moe.plan.auto import placed
-from megatron_moe.plan.batch_ramp import num_microbatches
 from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.forecast import Forecast
 from megatron_moe.plan.forecasting import foretell
 from megatron_moe.plan.layout import Layout
+from megatron_moe.plan.search_estimate import Estimate, Estimates
 from megatron_moe.plan.search_space import Candidate, candidates, with_candidate
 from megatron_moe.plan.stages import stages_of
-from megatron_moe.plan.units import LAYERS, Unit, Units, pieces_of
 
 SHOWN = 10
-_PLACED_AT_MOST = 120
+_PLACED_AT_MOST = 48
 """Candidates whose layers are placed: an end for spaces whose estimates lie close together."""
+_VARIANTS = 4
+"""Of a layout that differ by chunks and recomputation only, as many are placed, from the best estimate on."""
 _SLACK = 1.02
 """An estimate may be too slow by so much, so that candidates up to that beyond the tenth best are placed."""
 
@@ -64,14 +65,6 @@ class Search:
     placed: int
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    seconds: float
-    lacking_bytes: float
-    """What the fullest rank needs above its memory at least; 0 or less where it may fit."""
-    candidate: Candidate
-
-
 def search(experiment: Experiment, gpus: int) -> Search:
     """The fastest layouts of a filled experiment on so many GPUs of `launch.cluster`.
 
@@ -79,9 +72,9 @@ def search(experiment: Experiment, gpus: int) -> Search:
     allowed.
     """
     cluster = Cluster.of(experiment)
-    memo: dict[Hashable, tuple[Units, float]] = {}
+    of_candidates = Estimates(experiment, cluster)
     estimates = [
-        _estimate(experiment, candidate, cluster, memo)
+        of_candidates.at_first_sight(candidate)
         for candidate in candidates(experiment, gpus, cluster.gpus_per_node)
     ]
     if not estimates:
@@ -89,131 +82,86 @@ def search(experiment: Experiment, gpus: int) -> Search:
             f"training.global_batch_size = {experiment.training.global_batch_size}: no layout of {gpus} "
             "ranks divides it and the model's sizes; use another --gpus"
         )
-    may_fit = sorted(
-        (estimate for estimate in estimates if estimate.lacking_bytes <= 0),
-        key=lambda estimate: (estimate.seconds, estimate.candidate),
-    )
-    found, placed = _place_best(experiment, may_fit)
-    if not found:
+    found = _Best(experiment, of_candidates)
+    found.place([estimate for estimate in estimates if estimate.lacking_bytes <= 0])
+    if not found.by_layout:
         nearest = min(estimates, key=lambda estimate: estimate.lacking_bytes)
         raise InputError(_nothing_fits(nearest, gpus, cluster))
-    return Search(tuple(found[:SHOWN]), len(estimates), len(estimates) - len(may_fit), placed)
+    too_large = sum(estimate.lacking_bytes > 0 for estimate in estimates) + found.too_large
+    return Search(tuple(found.prove()), len(estimates), too_large, found.placed)
 
 
-def _estimate(
-    experiment: Experiment, candidate: Candidate, cluster: Cluster, memo: dict[Hashable, tuple[Units, float]]
-) -> _Estimate:
-    """An iteration with all costs spread evenly over the stages, and the least memory of the mean rank."""
-    changed = with_candidate(experiment, candidate)
-    layout = Layout.of(changed)
-    # Neither depends on how many chunks the stages are cut into, and DP settles PP.
-    key = replace(candidate, chunks=1, recompute=candidate.recompute)
-    if key not in memo:
-        memo[key] = _spread(changed, layout, cluster)
-    units, after_s = memo[key]
-    pieces = pieces_of(units)
-    stages, microbatches = candidate.pipeline, num_microbatches(changed)
-    in_flight = _mean_in_flight(stages, candidate.chunks, microbatches)
-    static = sum(piece.memory.total for piece in pieces) / stages
-    kept = _kept(pieces, again=False) * in_flight / stages
-    least = _kept(pieces, again=True) * in_flight / stages if candidate.recompute == "auto" else kept
-    limit = cluster.usable_bytes
-    lacking = 0.0 if limit is None else static + least - limit
-    recomputed = 0.0
-    if limit is not None and kept > least:
-        recomputed = min(1.0, max(0.0, (static + kept - limit) / (kept - least)))
-    layer_s = [
-        unit.times.forward_s + unit.times.backward_s + recomputed * unit.times.recompute_s
-        for unit in units.layers
-    ]
-    beside_s = [
-        piece.times.forward_s + piece.times.backward_s for piece in pieces if piece.kind not in LAYERS
-    ]
-    busy = sum(layer_s) + sum(beside_s)
-    slowest = _slowest_rank_s(sum(layer_s) / len(layer_s), len(layer_s), beside_s, stages)
-    filling = (stages - 1) * (busy / stages / candidate.chunks + 2 * units.transfer_s)
-    return _Estimate(microbatches * slowest + filling + after_s, lacking, candidate)
+class _Best:
+    """The fastest candidates, as they are placed one after the other."""
+
+    def __init__(self, experiment: Experiment, of_candidates: Estimates) -> None:
+        self._experiment, self._estimates = experiment, of_candidates
+        self.by_layout: dict[Candidate, Found] = {}
+        """Of layouts that are alike but for chunks and recomputation the best one."""
+        self.too_large = self.placed = 0
+        self._variants: Counter[Candidate] = Counter()
+
+    @property
+    def fastest(self) -> list[Found]:
+        return sorted(self.by_layout.values(), key=lambda one: one.forecast.iteration_s)
+
+    def place(self, at_first_sight: list[Estimate]) -> None:
+        """Look again at the fastest estimate, or place it when that was done, until the tenth best iteration
+        is below all that are left."""
+        queue = [(estimate.seconds, estimate.candidate, False) for estimate in at_first_sight]
+        heapq.heapify(queue)
+        tenth = math.inf
+        while queue and self.placed < _PLACED_AT_MOST:
+            seconds, candidate, was_looked_at = heapq.heappop(queue)
+            if seconds > tenth * _SLACK:
+                return
+            layout = replace(candidate, chunks=1, recompute="")
+            if self._is_settled(layout, seconds):
+                continue
+            if not was_looked_at:
+                estimate = self._estimates.at_second_sight(candidate)
+                if estimate is None:
+                    self.too_large += 1
+                else:
+                    heapq.heappush(queue, (max(seconds, estimate.seconds), candidate, True))
+                continue
+            self.placed += 1
+            self._variants[layout] += 1
+            self._keep(layout, _placed(self._experiment, candidate, prove=False))
+            fastest = self.fastest
+            tenth = fastest[SHOWN - 1].forecast.iteration_s if len(fastest) >= SHOWN else math.inf
+
+    def _is_settled(self, layout: Candidate, seconds: float) -> bool:
+        """Whether a variant with that estimate, or behind it, need not be placed."""
+        best = self.by_layout.get(layout)
+        return best is not None and (
+            best.forecast.iteration_s <= seconds or self._variants[layout] >= _VARIANTS
+        )
+
+    def prove(self) -> list[Found]:
+        """The ones that are shown, each with the fastest placement that there is."""
+        for one in self.fastest[:SHOWN]:
+            self._keep(
+                replace(one.candidate, chunks=1, recompute=""),
+                _placed(self._experiment, one.candidate, prove=True),
+            )
+        return self.fastest[:SHOWN]
+
+    def _keep(self, layout: Candidate, one: Found | None) -> None:
+        if one is None:
+            return
+        other = self.by_layout.get(layout)
+        if other is None or one.forecast.iteration_s < other.forecast.iteration_s:
+            self.by_layout[layout] = one
 
 
-def _slowest_rank_s(layer_s: float, layers: int, beside_s: Sequence[float], stages: int) -> float:
-    """The slowest of the ranks where whole layers are spread as evenly as they can be, those with the
-    embedding and the loss holding fewer."""
-    if stages == 1:
-        return layers * layer_s + sum(beside_s)
-    first, last = beside_s[0], sum(beside_s[1:])
-    times = sorted(
-        count * layer_s + beside
-        for beside in (0.0, first, last)
-        for count in range(layers // stages + 2 + int(max(first, last) / layer_s))
-    )
-
-    def held(limit: float) -> int:
-        """Layers that the ranks can hold within that time."""
-        of_each = [*[0.0] * (stages - 2), first, last]
-        if any(beside > limit for beside in of_each):
-            return -1
-        return sum(int((limit - beside) / layer_s + 1e-9) for beside in of_each)
-
-    return next((limit for limit in times if held(limit) >= layers), times[-1])
-
-
-def _spread(experiment: Experiment, layout: Layout, cluster: Cluster) -> tuple[Units, float]:
-    """The pieces, and seconds of gradients and update where each stage holds its part of them."""
-    units = assemble(experiment, layout, cluster, None)
-    pieces = pieces_of(units)
-    stages = layout.pipeline_model_parallel_size
-    held = {kind: count / stages for kind, count in Counter(piece.kind for piece in pieces).items()}
-    forward_s, backward_s = (
-        sum(getattr(piece.times, name) for piece in pieces) / stages for name in ("forward_s", "backward_s")
-    )
-    return units, sum(timing.after_pieces(experiment, layout, cluster, held, forward_s, backward_s))
-
-
-def _kept(pieces: list[Unit], again: bool) -> float:
-    """Bytes of one microbatch kept on all stages together, layers computed again or not."""
-    return sum(
-        piece.activations.kept_if_recomputed if again and piece.kind in LAYERS else piece.activations.kept
-        for piece in pieces
-    )
-
-
-def _mean_in_flight(stages: int, chunks: int, microbatches: int) -> float:
-    """Microbatches whose activations a rank keeps, the mean over ranks; a chunk's are a part of one."""
-    if chunks == 1:
-        return sum(min(stages - rank, microbatches) for rank in range(stages)) / stages
-    passes = (2 * (stages - rank - 1) + (chunks - 1) * stages + 1 for rank in range(stages))
-    return sum(min(count / chunks, microbatches) for count in passes) / stages
-
-
-def _place_best(experiment: Experiment, ordered: list[_Estimate]) -> tuple[list[Found], int]:
-    """Those that fit, the fastest first, and how many were placed."""
-    found: dict[Hashable, Found] = {}
-    tried = 0
-    for estimate in ordered:
-        seconds = sorted(one.forecast.iteration_s for one in found.values())
-        tenth = seconds[SHOWN - 1] if len(found) >= SHOWN else math.inf
-        if tried == _PLACED_AT_MOST or estimate.seconds > tenth * _SLACK:
-            break
-        # Of those that are alike but for chunks and recomputation the best one is shown.
-        key = replace(estimate.candidate, chunks=1, recompute="")
-        if key in found and found[key].forecast.iteration_s <= estimate.seconds:
-            continue
-        tried += 1
-        one = _placed(experiment, estimate.candidate)
-        if one is not None and (
-            key not in found or one.forecast.iteration_s < found[key].forecast.iteration_s
-        ):
-            found[key] = one
-    return sorted(found.values(), key=lambda one: one.forecast.iteration_s), tried
-
-
-def _placed(experiment: Experiment, candidate: Candidate) -> Found | None:
+def _placed(experiment: Experiment, candidate: Candidate, prove: bool) -> Found | None:
     """The candidate with its layers placed; None where it does not fit or a rule forbids it."""
     changed = with_candidate(experiment, candidate)
     if violations(changed):
         return None
     try:
-        changed = placed(changed, None)
+        changed = placed(changed, None, prove)
     except InputError:
         return None
     layout, cluster = Layout.of(changed), Cluster.of(changed)
@@ -223,9 +171,9 @@ def _placed(experiment: Experiment, candidate: Candidate) -> Found | None:
     return Found(candidate, changed, forecast, dispatcher)
 
 
-def _nothing_fits(nearest: _Estimate, gpus: int, cluster: Cluster) -> str:
+def _nothing_fits(nearest: Estimate, gpus: int, cluster: Cluster) -> str:
     c = nearest.candidate
-    assert cluster.usable_bytes is not None
+    assert cluster.memory_bytes is not None
     return (
         f"launch.cluster.memory_gib = {cluster.memory_bytes / 2**30:g}: no layout of {gpus} GPUs fits; the "
         f"nearest, TP {c.tensor} PP {c.pipeline} CP {c.context} EP {c.expert}, all layers computed again, "

@@ -14,13 +14,16 @@ from rich.console import Console
 
 from megatron_moe.config.errors import not_written
 from megatron_moe.config.loading import Loaded
+from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.search import Found, Search, search
+from megatron_moe.plan.search_space import OTHER_SPLITS
 from megatron_moe.plan.tables import print_table
 from megatron_moe.plan.wording import count, duration, percent, plural
 
 _GIB = 2.0**30
 _SAID_REASONS = 2
+_LEAST_WIDTH = 110
 
 
 def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | None) -> None:
@@ -33,7 +36,7 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
     Raises InputError.
     """
     found = search(loaded.experiment, gpus)
-    text = overlay_of(found.best[0])
+    text = overlay_of(found.best[0], loaded.experiment)
     if overlay is not None:
         try:
             overlay.write_text(f"extends: [{_relative(config, overlay)}]\n\n{text}")
@@ -43,7 +46,7 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
         sys.stdout.write(json.dumps(_record(found, text), indent=2) + "\n")
         return
     console = Console(highlight=False)
-    console.width = max(console.width, 100)
+    console.width = max(console.width, _LEAST_WIDTH)
     _print_found(console, loaded.experiment.name, found, gpus)
     if overlay is not None:
         console.print(f"The first one is written to {overlay}, which extends {config}.")
@@ -54,13 +57,16 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
         console.print(text, markup=False)
 
 
-def overlay_of(found: Found) -> str:
-    """The keys that make an experiment run in that layout, as YAML."""
+def overlay_of(found: Found, original: Experiment) -> str:
+    """The keys that make the original experiment run in that layout, as YAML."""
     experiment = found.experiment
     parallel = experiment.parallel.model_dump(include=_PARALLEL)
     sections: dict[str, Mapping[str, Any]] = {
         "parallel": parallel,
-        "pipeline": {"layers_per_stage": experiment.pipeline.layers_per_stage},
+        "pipeline": {
+            "layers_per_stage": experiment.pipeline.layers_per_stage,
+            **{key: None for key in OTHER_SPLITS if getattr(original.pipeline, key) is not None},
+        },
         "recompute": _recompute(found),
         "training": {"micro_batch_size": experiment.training.micro_batch_size},
     }
@@ -125,7 +131,12 @@ def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
     for title in ("dispatcher", "MFU", "free\nGiB"):
         if set(columns[title]) == {""}:
             del columns[title]
-    print_table(console, columns, left=["dispatcher", "what it waits for"])
+    print_table(
+        console,
+        columns,
+        left=["re-\ncomputed", "dispatcher", "what it waits for"],
+        folded=["what it waits for"],
+    )
     first = best[0].forecast
     console.print(
         f"The first one takes {duration(first.iteration_s)} an iteration, {duration(first.days * 86400)} for "
@@ -153,7 +164,7 @@ def _reasons(found: Found) -> str:
     forecast = found.forecast
     parts = {
         "pipeline": forecast.bubble * forecast.pipeline_s,
-        "experts' exchange": forecast.exposed_all_to_all_s,
+        "exchange": forecast.exposed_all_to_all_s,
         "gradients": forecast.gradient_s,
         "update": forecast.optimizer_s,
     }

@@ -10,6 +10,10 @@ from megatron_moe.plan.costs import padded_vocab_size
 
 _MOST_MICRO_BATCH = 8
 _MOST_CHUNKS = 8
+OTHER_SPLITS = ("num_layers_in_first_stage", "num_layers_in_last_stage", "mtp_stage")
+"""Keys of the section `pipeline` about an experiment's own stages."""
+_UNEVEN_CHUNKS = (2, 4)
+"""Tried even where layers do not divide by them; the numbers between differ little from these."""
 _LEAST_TOKENS_A_CONTEXT_RANK = 2048
 """Shorter pieces of a sequence are not worth a context-parallel rank."""
 
@@ -27,7 +31,7 @@ class Candidate:
     data: int
     micro_batch_size: int
     recompute: str
-    """`modules` (the experts' activation and the norms), or `auto` (whole layers, as few as fit, maybe none)."""
+    """`modules` (the experts' activation and the norms), or `auto` (whole layers, as few as fit)."""
 
 
 def candidates(experiment: Experiment, gpus: int, gpus_per_node: int) -> Iterator[Candidate]:
@@ -78,7 +82,9 @@ def with_candidate(experiment: Experiment, candidate: Candidate) -> Experiment:
                 "sequence_parallel": candidate.tensor > 1,
             }
         ),
-        "pipeline": experiment.pipeline.model_copy(update={"layers_per_stage": "auto", "mtp_stage": None}),
+        "pipeline": experiment.pipeline.model_copy(
+            update={"layers_per_stage": "auto", **dict.fromkeys(OTHER_SPLITS)}
+        ),
         "recompute": experiment.recompute.model_copy(
             update={
                 "granularity": "full"
@@ -137,8 +143,10 @@ def _chunks(experiment: Experiment, pipeline: int, microbatches: int) -> Iterato
     yield 1
     if pipeline == 1 or microbatches % pipeline:
         return
+    layers = experiment.model.num_layers
     for chunks in range(2, _MOST_CHUNKS + 1):
-        if pipeline * chunks - 2 <= experiment.model.num_layers:
+        is_even = layers % (pipeline * chunks) == 0
+        if is_even or (chunks in _UNEVEN_CHUNKS and pipeline * chunks - 2 <= layers):
             yield chunks
 
 
