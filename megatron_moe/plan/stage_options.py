@@ -123,7 +123,7 @@ def rests_of(
             own = bounds(
                 table.forward_s[None],
                 table.backward_s[None],
-                len(rests) + 1,
+                len(rests),
                 num_microbatches,
                 transfer_s,
                 at(behind, table.following),
@@ -136,10 +136,8 @@ def rests_of(
         undercut = np.isfinite(excess)
         position = np.where(undercut.any(axis=0), undercut.argmax(axis=0), len(cycles)) - 1
         cycle = np.where(position >= 0, cycles[np.maximum(position, 0)], 0.0)
-        least_own = _least(table, own)
-        rests.append(
-            Rest(least_own, _least(table, through), _least(table, stay), cycle, _least(table, walks))
-        )
+        least = [_least(table, values) for values in (own, through, stay, walks)]
+        rests.append(Rest(least[0], least[1], least[2], cycle, least[3]))
     return rests[::-1]
 
 
