@@ -91,7 +91,9 @@ def _time_axis(panel: Axes, inches: float, unit_s: float) -> None:
     places = [high]
     if inches > 2 * _TICK:
         found = MaxNLocator(int(inches / _TICK), steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-        places = [place for place in found if low <= place <= high]
+        # A number at the edge would stand on the dots that say something is left out.
+        edge = 0.2 / inches * (high - low)
+        places = [place for place in found if low + edge <= place <= high or place == low]
     panel.set_xticks([place * unit_s for place in places])
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value / unit_s)))
 
