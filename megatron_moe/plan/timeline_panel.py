@@ -16,8 +16,8 @@ from megatron_moe.plan.wording import number
 
 _COLORS = dict(zip(KINDS, (BLUE, YELLOW, ORANGE, GREEN, SKY, PINK), strict=True))
 _NUMBERED = ("forward", "backward", "weight gradients")
-_DARK = ("forward", "weight gradients")
-"""Those on which a white number is read best, where they are not pale."""
+_DARK = 0.5
+"""Brightness below which a white number is read best."""
 _BOX = 0.84
 """Height of a box, of its row."""
 _LARGEST, _SMALLEST = 7.5, 4.2
@@ -52,7 +52,7 @@ def draw_timeline(
         seen = boxes.within(window)
         _rows(panel, boxes.ranks, window)
         _boxes(panel, seen, boxes.chunks)
-        _numbers(panel, seen, 72 * inches_a_second, 72 * height / boxes.ranks)
+        _numbers(panel, seen, boxes.chunks, 72 * inches_a_second, 72 * height / boxes.ranks)
         _time_axis(panel, inches, unit_s)
         panel.tick_params(axis="y", left=False, labelleft=window is shown[0])
         left += inches + _GAP
@@ -111,13 +111,14 @@ def _boxes(panel: Axes, boxes: Boxes, chunks: int) -> None:
     panel.add_collection(collection, autolim=False)
 
 
-def _shade(color: str, chunk: int, chunks: int) -> tuple[float, ...]:
+def _shade(color: str, chunk: int, chunks: int) -> tuple[float, float, float]:
     """Paler for later chunks."""
     pale = _PALEST * chunk / max(chunks - 1, 1)
-    return tuple(part + pale * (1 - part) for part in to_rgb(color))
+    red, green, blue = (part + pale * (1 - part) for part in to_rgb(color))
+    return red, green, blue
 
 
-def _numbers(panel: Axes, boxes: Boxes, points_a_second: float, row_points: float) -> None:
+def _numbers(panel: Axes, boxes: Boxes, chunks: int, points_a_second: float, row_points: float) -> None:
     """The microbatch in each box that has room for it."""
     widths = points_a_second * (boxes.end - boxes.start)
     numbered = boxes.of(*_NUMBERED)
@@ -132,7 +133,8 @@ def _numbers(panel: Axes, boxes: Boxes, points_a_second: float, row_points: floa
         text = str(boxes.microbatch[index])
         if widths[index] < len(text) * _DIGIT * size + 0.4:
             continue
-        is_dark = KINDS[boxes.kind[index]] in _DARK and boxes.chunk[index] == 0
+        red, green, blue = _shade(_COLORS[KINDS[boxes.kind[index]]], boxes.chunk[index], chunks)
+        is_dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < _DARK
         panel.text(
             (boxes.start[index] + boxes.end[index]) / 2,
             boxes.rank[index],
