@@ -1,0 +1,217 @@
+"""Placed layers and recomputation against trying every placement, and on models of full size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from placed_units import Request, all_placements, model, models
+
+from megatron_moe.plan.candidates import Candidates
+from megatron_moe.plan.placement import NothingFits, Placement, place
+from megatron_moe.plan.rank_choices import RankChoices
+from megatron_moe.plan.schedules.many import bounds
+from megatron_moe.plan.stage_options import at, cycles_between, options_of, rests_of
+
+memories = st.sampled_from([None, None, 8.0, 12.0, 16.0, 20.0, 30.0])
+
+
+def placed(request: Request) -> Placement:
+    return place(**{name: getattr(request, name) for name in Request.__dataclass_fields__})
+
+
+@st.composite
+def requests(draw: st.DrawFn, chunks: int) -> Request:
+    pipeline_size = draw(st.integers(1, 4)) if chunks == 1 else 2
+    stages = pipeline_size * chunks
+    units = draw(models(st.integers(max(1, stages - 2), 6)))
+    rounds = draw(st.integers(1, 3))
+    microbatches = draw(st.sampled_from([1, 2, 3, 4, 5, 8, 13])) if chunks == 1 else rounds * pipeline_size
+    return Request(
+        units,
+        pipeline_size,
+        chunks,
+        microbatches,
+        draw(memories),
+        None,
+        draw(st.none() | st.just((0,) * pipeline_size)),
+        draw(st.sampled_from(["block", "uniform"])),
+        draw(st.none() | st.integers(0, stages - 1)),
+    )
+
+
+def assert_is_fastest(request: Request) -> None:
+    everything = list(all_placements(request))
+    if not everything:
+        with pytest.raises(NothingFits) as error:
+            placed(request)
+        assert max(error.value.missing_bytes) > 0
+        return
+    found = placed(request)
+    shortest = min(makespan for _, _, makespan in everything)
+    assert found.makespan_s == pytest.approx(shortest, rel=1e-8)
+    assert found.bound_s == pytest.approx(shortest, rel=1e-8)
+    spans = {(layers, recompute): makespan for layers, recompute, makespan in everything}
+    recorded = spans[found.layers_per_stage, found.recompute_per_rank]
+    assert recorded == pytest.approx(found.makespan_s, rel=1e-8)
+
+
+@settings(max_examples=100)
+@given(requests(chunks=1))
+def test_no_placement_that_fits_is_faster(request: Request) -> None:
+    """1F1B, with and without a memory limit, fixed and free recomputation, both methods."""
+    assert_is_fastest(request)
+
+
+@settings(max_examples=60)
+@given(requests(chunks=2))
+def test_no_interleaved_placement_that_fits_is_faster(request: Request) -> None:
+    """Two chunks a rank share its memory and its recompute count."""
+    assert_is_fastest(request)
+
+
+@settings(max_examples=40)
+@given(requests(chunks=1), st.data())
+def test_of_fixed_layers_only_the_recomputation_is_placed(request: Request, data: st.DataObject) -> None:
+    """Any layers that somebody wrote down."""
+    layers = []
+    for stage in range(request.pipeline_size):
+        left = len(request.units.layers) - sum(layers)
+        is_last = stage == request.pipeline_size - 1
+        layers.append(left if is_last else data.draw(st.integers(0, left)))
+    assert_is_fastest(replace(request, fixed_layers=tuple(layers), fixed_recompute=None))
+
+
+@settings(max_examples=20)
+@given(
+    models(st.just(6)),
+    st.sampled_from([3, 4, 5]),
+    st.sampled_from([1, 2, 3, 4, 5, 6, 9, 16]),
+    st.sampled_from([None, 16.0, 30.0]),
+)
+def test_bounds_of_first_stages_are_below_every_placement_that_begins_so(
+    units: object, pipeline_size: int, microbatches: int, memory: float | None
+) -> None:
+    """A bound that is too high would rule out the fastest placement; each number of `Rest` counts."""
+    choices = RankChoices(
+        units,  # type: ignore[arg-type]
+        pipeline_size=pipeline_size,
+        chunks=1,
+        num_microbatches=microbatches,
+        memory_bytes=memory,
+        fixed_recompute=None,
+        method="block",
+        mtp_stage=None,
+    )
+    candidates = Candidates(choices, microbatches)
+    options = options_of(candidates, np.inf)
+    request = Request(
+        candidates.choices.units, pipeline_size, 1, microbatches, memory, None, None, "block", None
+    )
+    shortest: dict[tuple[int, ...], float] = {}
+    for layers, _, makespan in all_placements(request):
+        for depth in range(1, pipeline_size):
+            begins = layers[:depth]
+            shortest[begins] = min(makespan, shortest.get(begins, np.inf))
+    if not shortest:
+        return
+    cycles = cycles_between(options, 0.1, 60.0)
+    rests = rests_of(options, microbatches, candidates.transfer_s, cycles)
+    assert rests[0].own[0] <= min(shortest.values()) * (1 + 1e-9)
+    for begins, least in shortest.items():
+        first, forward, backward = 0, [], []
+        for stage, count in enumerate(begins):
+            cost = choices.choice(stage, [range(first, first + count)]).costs[0]
+            forward.append([cost.forward_s])
+            backward.append([cost.backward_s])
+            first += count
+        bound = bounds(
+            np.array(forward),
+            np.array(backward),
+            pipeline_size,
+            microbatches,
+            candidates.transfer_s,
+            at(rests[len(begins)], np.array([first])),
+        )
+        assert bound[0] <= least * (1 + 1e-9)
+
+
+def request_of(layers: int, pipeline_size: int, microbatches: int, **changes: object) -> Request:
+    """Of a model of equal layers with a loss as heavy as one."""
+    units = model(
+        layers, dense=int(changes.pop("dense", 0)), transfer_s=float(changes.pop("transfer_s", 0.0))
+    )
+    plain = Request(units, pipeline_size, 1, microbatches, None, None, None, "block", None)
+    return replace(plain, **changes)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        request_of(52, 16, 8),
+        request_of(52, 16, 500, transfer_s=0.02),
+        request_of(61, 16, 64, dense=3, transfer_s=0.02, memory_bytes=45.0),
+        request_of(94, 16, 16),
+        request_of(126, 16, 8),
+        request_of(126, 16, 64, transfer_s=0.02, memory_bytes=60.0),
+        request_of(126, 16, 256, memory_bytes=80.0, method="uniform"),
+    ],
+    ids=lambda r: f"{len(r.units.layers)}-{r.num_microbatches}-{r.memory_bytes}",
+)
+def test_full_size_models_are_placed_with_proof(request_: Request) -> None:
+    """52 to 126 layers over 16 stages, memory binding or not: no gap is left."""
+    found = placed(request_)
+    assert found.gap == 0
+    assert sum(found.layers_per_stage) == len(request_.units.layers)
+    assert found.bound_s == found.makespan_s
+
+
+def test_24_layers_with_a_loss_like_one_are_placed_as_skywork_did() -> None:
+    """[5, 5, 5, 5, 4]: the loss counts as a layer of the last of 5 stages."""
+    assert placed(request_of(24, 5, 128)).layers_per_stage == (5, 5, 5, 5, 4)
+
+
+def test_first_stages_recompute_more_as_they_keep_more_microbatches() -> None:
+    """Where memory binds, counts fall from the first stage to the last, and none is higher than needed."""
+    found = placed(request_of(52, 16, 64, memory_bytes=30.0))
+    counts = found.recompute_per_rank
+    assert counts[0] > 0 and counts[-1] == 0
+    assert sorted(counts, reverse=True) == list(counts)
+
+
+def test_interleaved_placements_say_how_far_they_may_be_from_the_best() -> None:
+    """Where not all are tried, the gap is a number."""
+    found = placed(replace(request_of(48, 8, 64, transfer_s=0.02), chunks=2))
+    assert sum(found.layers_per_stage) == 48 and len(found.layers_per_stage) == 16
+    assert 0 < found.gap < 0.05
+
+
+def test_what_is_missing_and_what_would_do_is_said() -> None:
+    """The fullest stage, in bytes; recomputation where there was to be none; a larger PP."""
+    gibibyte = 2.0**30
+    light = request_of(12, 2, 8, memory_bytes=14.0, fixed_recompute=(0, 0))
+    with pytest.raises(NothingFits, match=r"more on stage \d.* or recompute of \d layers? there would do"):
+        placed(light)
+
+    units = light.units
+    heavy = [
+        replace(layer, memory=replace(layer.memory, weights=4.2 * gibibyte)) for layer in units.layers[:8]
+    ]
+    request = replace(
+        light, units=replace(units, layers=tuple(heavy)), memory_bytes=14 * gibibyte, fixed_recompute=None
+    )
+    with pytest.raises(NothingFits) as error:
+        placed(request)
+    assert "needs 2.80 GiB more on stage" in str(error.value)
+    assert "PP=4 (with as many replicas) would do" in str(error.value)
+    assert max(error.value.missing_bytes) == pytest.approx((4 * 4.2 - 14) * gibibyte, rel=1e-6)
+    assert error.value.pipeline_size == 4 and error.value.recompute is None
+
+
+def test_a_placement_is_the_same_each_time() -> None:
+    """Ties are broken alike: more even, less recomputation."""
+    request = request_of(52, 16, 64, transfer_s=0.02)
+    assert asdict(placed(request)) == asdict(placed(request))
