@@ -35,6 +35,9 @@ LAYOUT = [
     "moe={num_moe_experts: 2}",
     "model.num_layers=3",
     "pipeline.layers_per_stage=[2, 1]",
+    "pipeline.num_layers_in_first_stage=2",
+    "pipeline.mtp_stage=1",
+    "model.mtp_num_layers=1",
     "recompute.layers_per_stage=[1, 0]",
 ]
 
