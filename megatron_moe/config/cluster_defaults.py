@@ -23,6 +23,7 @@ _PLAIN = (
     "matrix_padding",
     "memory_fraction",
     "kernel_us",
+    "host_us",
     "intra_node_latency_us",
     "inter_node_latency_us",
     "network_fraction",

@@ -26,6 +26,7 @@ class Cluster:
         matrix_padding: each size of a product costs as if it were so many larger.
         memory_rate: bytes that norms and the like read and write.
         kernel_s: what a kernel takes beside its work.
+        host_s: what the host takes to launch an operation.
         node_rate, node_latency_s: bytes that a rank sends to others of its node; of a message.
         network_rate, network_latency_s: the same to other nodes.
         all_to_all_fraction: part that an all-to-all reaches of the rates of other collectives.
@@ -43,6 +44,7 @@ class Cluster:
     matrix_padding: int
     memory_rate: float
     kernel_s: float
+    host_s: float
     node_rate: float
     node_latency_s: float
     network_rate: float
@@ -75,6 +77,7 @@ class Cluster:
             matrix_padding=set_value(given.matrix_padding),
             memory_rate=set_value(given.memory_bandwidth_gb_s) * _GB * set_value(given.memory_fraction),
             kernel_s=set_value(given.kernel_us) * 1e-6,
+            host_s=set_value(given.host_us) * 1e-6,
             node_rate=set_value(given.intra_node_gb_s) * _GB * of_links,
             node_latency_s=set_value(given.intra_node_latency_us) * 1e-6,
             network_rate=set_value(given.inter_node_gb_s) * _GB * of_links,

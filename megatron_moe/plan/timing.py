@@ -19,6 +19,10 @@ from megatron_moe.plan.work import Work
 
 __all__ = ["after_pieces", "after_pipeline", "times", "transfer"]
 
+_OPERATIONS: dict[str, int] = {"dense": 50, "moe": 150}
+"""That the host launches for the forward pass of a layer: as many as Megatron-Core's layers have, roughly."""
+_OPERATIONS_BACKWARD = 1.6
+"""The same backward, over those."""
 _LOSS_BYTES = (30, 16)
 """Of each logit, forward and backward: the cross entropy in float32, in several kernels."""
 
@@ -61,7 +65,7 @@ def _layer(work: Work, kind: Kind) -> Times:
         dense = feed_forward(work, set_value(experiment.model.ffn_hidden_size), experiment.model.activation)
         cost += dense
         again_s += dense.forward_s * ("mlp" in modules)
-        return _with_travel(cost, 0.0, 0.0, 0.0, again_s)
+        return _layer_times(work, kind, cost, (0.0, 0.0), 0.0, again_s)
     parts = mixture(work)
     cost += parts.local + parts.shared
     forward_s, backward_s = _exposed_s(work, parts, cost)
@@ -71,18 +75,22 @@ def _layer(work: Work, kind: Kind) -> Times:
         again_s += parts.activation.forward_s * ("moe_act" in modules)
         again_s += parts.shared.forward_s * ("shared_experts" in modules)
     hidden_s = 2 * parts.travel_s - forward_s - backward_s
-    return _with_travel(cost, forward_s, backward_s, hidden_s, again_s)
+    return _layer_times(work, kind, cost, (forward_s, backward_s), hidden_s, again_s)
 
 
-def _with_travel(cost: Cost, forward_s: float, backward_s: float, hidden_s: float, again_s: float) -> Times:
-    """A layer's times: its computation, what is exposed of the experts' all-to-all, what selective
-    recomputation computes again."""
+def _layer_times(
+    work: Work, kind: Kind, cost: Cost, exposed: tuple[float, float], hidden_s: float, again_s: float
+) -> Times:
+    """A layer's computation, what is exposed of the experts' all-to-all forward and backward, and what
+    selective recomputation computes again; or what the host takes to launch them, where that is longer."""
+    launch_s = _OPERATIONS[kind] * work.cluster.host_s
+    forward_s = max(cost.forward_s + exposed[0], launch_s)
     return Times(
-        forward_s=cost.forward_s + forward_s,
-        backward_s=cost.backward_s + backward_s + again_s,
-        recompute_s=cost.forward_s + forward_s,
+        forward_s=forward_s,
+        backward_s=max(cost.backward_s + exposed[1] + again_s, _OPERATIONS_BACKWARD * launch_s),
+        recompute_s=forward_s,
         weight_gradient_s=cost.weight_gradient_s,
-        exposed_s=forward_s + backward_s,
+        exposed_s=sum(exposed),
         hidden_s=hidden_s,
     )
 

@@ -32,6 +32,7 @@ CLUSTER = Cluster(
     matrix_padding=0,
     memory_rate=1e12,
     kernel_s=0,
+    host_s=0,
     node_rate=100e9,
     node_latency_s=0,
     network_rate=10e9,

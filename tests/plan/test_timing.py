@@ -26,6 +26,7 @@ IDEAL: dict[str, Any] = {
     "matrix_padding": 0,
     "memory_bandwidth_gb_s": 1e12,
     "kernel_us": 0.0,
+    "host_us": 0.0,
     "intra_node_gb_s": 1e12,
     "inter_node_gb_s": 1e12,
     "intra_node_latency_us": 0.0,
@@ -48,7 +49,7 @@ SPREAD_OVER_NODES = SPREAD | {"expert_model_parallel_size": 16, "data_parallel_s
 
 def experiment(**sections: dict[str, Any] | None) -> Experiment:
     """A model large enough for times to differ, on H100, routed evenly."""
-    of_launch: dict[str, Any] = {"expert_imbalance": 1.0, "cluster": {"preset": "h100"}}
+    of_launch: dict[str, Any] = {"expert_imbalance": 1.0, "cluster": {"preset": "h100", "host_us": 0.0}}
     defaults: dict[str, dict[str, Any]] = {
         "model": MODEL,
         "moe": MOE,
@@ -97,6 +98,17 @@ def test_small_products_are_slower_than_their_operations() -> None:
     few = times("moe", moe={"num_moe_experts": 8, "moe_router_topk": 2})
     many = times("moe", moe={"num_moe_experts": 64, "moe_router_topk": 16, "moe_ffn_hidden_size": 256})
     assert many.forward_s > 1.2 * few.forward_s
+
+
+def test_a_layer_takes_what_the_host_takes_to_launch_it() -> None:
+    """Few tokens are no faster than fewer."""
+    launch = {"cluster": {"preset": "h100", "host_us": 100.0}}
+    short, shorter = (
+        times("moe", launch=launch, training={"seq_length": length}, model={"max_position_embeddings": 2048})
+        for length in (64, 32)
+    )
+    assert short.forward_s == shorter.forward_s and short.backward_s == shorter.backward_s
+    assert short.backward_s > short.forward_s > times("moe", training={"seq_length": 64}).forward_s
 
 
 def test_the_fullest_rank_is_waited_for() -> None:

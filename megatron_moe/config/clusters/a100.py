@@ -17,6 +17,7 @@ PRESET = Preset(
     memory_bandwidth_gb_s=2039.0,  # datasheet
     memory_fraction=0.80,  # stated: streaming kernels
     kernel_us=4.0,  # stated: launch, first and last wave
+    host_us=25.0,  # as on H100
     intra_node_gb_s=300.0,  # datasheet: NVLink 3, 600 GB/s in both directions
     intra_node_latency_us=20.0,  # calibrated: one step of NCCL's ring, the slowest rank's delay included
     inter_node_gb_s=25.0,  # DGX A100's datasheet: 8 x HDR InfiniBand of 200 Gb/s a node

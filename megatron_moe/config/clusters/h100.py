@@ -17,6 +17,7 @@ PRESET = Preset(
     memory_bandwidth_gb_s=3350.0,  # datasheet
     memory_fraction=0.80,  # stated: streaming kernels
     kernel_us=4.0,  # stated: launch, first and last wave
+    host_us=25.0,  # calibrated on H100: Python, autograd and the driver for an operation
     intra_node_gb_s=450.0,  # datasheet: NVLink 4, 900 GB/s in both directions
     intra_node_latency_us=10.0,  # calibrated: one step of NCCL's ring, the slowest rank's delay included
     inter_node_gb_s=50.0,  # DGX H100's datasheet: 8 x NDR InfiniBand of 400 Gb/s a node

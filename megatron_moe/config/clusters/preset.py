@@ -27,6 +27,7 @@ class Preset:
     memory_bandwidth_gb_s: float
     memory_fraction: float
     kernel_us: float
+    host_us: float
     intra_node_gb_s: float
     intra_node_latency_us: float
     inter_node_gb_s: float

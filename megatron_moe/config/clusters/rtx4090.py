@@ -17,6 +17,7 @@ PRESET = Preset(
     memory_bandwidth_gb_s=1008.0,  # Ada's whitepaper
     memory_fraction=0.85,  # stated: streaming kernels
     kernel_us=4.0,  # stated: launch, first and last wave
+    host_us=25.0,  # as on H100
     intra_node_gb_s=32.0,  # PCI Express 4.0 x16, one direction
     intra_node_latency_us=20.0,  # stated: through the host's memory, for there is no peer access
     inter_node_gb_s=3.125,  # stated: one link of 200 Gb/s a node

@@ -89,6 +89,7 @@ def _of_host(host: Host, ranks: int) -> Preset:
         memory_bandwidth_gb_s=bandwidth,
         memory_fraction=0.80,  # stated
         kernel_us=30.0,  # stated: an operation of torch through autograd
+        host_us=0.0,  # it is the device itself
         intra_node_gb_s=max(2.0, bandwidth / 4),  # stated: gloo over loopback
         intra_node_latency_us=400.0,  # stated: a message of gloo, the other rank waited for
         inter_node_gb_s=1.25,  # stated: 10 Gb/s Ethernet

@@ -96,6 +96,9 @@ class Cluster(Section):
     """Part of it that norms, activations and the like reach. Default: the preset's."""
     kernel_us: NonNegativeFloat | None = None
     """What a kernel takes beside its work, in microseconds. Default: the preset's."""
+    host_us: NonNegativeFloat | None = None
+    """What the host takes to launch an operation, in microseconds: a layer takes at least that for all of its
+    own. Default: the preset's."""
     intra_node_gb_s: PositiveFloat | None = None
     """From a GPU to the others of its node, one direction, in GB/s. Default: the preset's."""
     intra_node_latency_us: NonNegativeFloat | None = None
