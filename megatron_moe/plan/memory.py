@@ -47,13 +47,16 @@ def mtp_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
 
 
 def _bytes_of(weights: list[Weights], experiment: Experiment, layout: Layout) -> StaticBytes:
-    replicas = layout.data_parallel_size * layout.context_parallel_size
-    held = sharded = 0.0
+    dense = experts = 0
     for weight in weights:
         count = -(-on_a_rank(weight, layout) // _ALIGNED) * _ALIGNED
-        held += count
-        sharded += count / (layout.expert_data_parallel_size if weight.split == "expert" else replicas)
-    size = element_size(experiment)
+        if weight.split == "expert":
+            experts += count
+        else:
+            dense += count
+    held, size = dense + experts, element_size(experiment)
+    replicas = layout.data_parallel_size * layout.context_parallel_size
+    sharded = dense / replicas + experts / layout.expert_data_parallel_size
     of_gradient = 4 if experiment.parallel.grad_reduce_in_fp32 else size
     return StaticBytes(held * size, held * of_gradient, sharded * _state_size(experiment, size))
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.model import MultiLatentAttention
 from megatron_moe.plan.layout import Layout
-from megatron_moe.plan.stages import moe_layers
 from megatron_moe.plan.units import Kind
 
 Split = Literal["no", "tensor", "expert"]
@@ -59,8 +59,7 @@ def on_a_rank(weights: Weights, layout: Layout) -> int:
 
 def kind_of_mtp_layers(experiment: Experiment) -> Literal["dense", "moe"]:
     """Of the transformer layer in each multi-token-prediction layer: that of the model's last layer."""
-    with_experts = moe_layers(experiment)
-    return "moe" if with_experts and with_experts[-1] == experiment.model.num_layers - 1 else "dense"
+    return "moe" if moe_layers(experiment)[-1] else "dense"
 
 
 def first_width(activation: str, inner_width: int) -> int:

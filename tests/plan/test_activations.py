@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from activations_on_ranks import EMBEDDING, HEAD, kept, working
+from activations_on_ranks import EMBEDDING, HEAD, kept, kept_as_on_a_gpu, working
 from distributed import ranks
 from experiments import experiment, layout
 
+from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.memory import activations
+from megatron_moe.plan.units import Kind
 
 MODEL = {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 320}
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 192, "moe_layer_freq": [0, 0, 1]}
@@ -31,11 +33,12 @@ def sized(moe: dict[str, Any] | None = None, ranks: int = 1, **sections: Any) ->
     """A model with two dense layers and one with experts, large beside what a layer keeps whatever its size;
     every expert rank is taken for one with the mean load."""
     training = {"seq_length": 256, "micro_batch_size": 1, **sections.pop("training", {})}
+    launch = {"expert_imbalance": 1.0, **sections.pop("launch", {})}
     given = experiment(
         moe={**MOE, **(moe or {})},
         model={**MODEL, "vocab_size": 1000, **sections.pop("model", {})},
         training=training,
-        launch={"expert_imbalance": 1.0},
+        launch=launch,
         **sections,
     )
     return given, ranks
@@ -103,17 +106,54 @@ def test_pieces_keep_what_the_planner_counts(case: str) -> None:
     """Of a layer to 1.5 %, the mean over ranks, and of the whole to 1 %. The first layer is only part of the
     whole: in bf16 its input stays until the forward pass is over, and not longer."""
     given, count = CASES[case]
-    measured = ranks(count).run(kept, given)
-    mean = {name: sum(rank[name] for rank in measured) / count for name in measured[0]}
+    _agree(given, ranks(count).run(kept, given))
+
+
+GPU: dict[str, Any] = {"launch": {"cluster": {"preset": "h100"}}, "training": {"precision": "bf16"}}
+ON_A_GPU: dict[str, tuple[Experiment, int]] = {
+    "plain": sized(**GPU),
+    "shared experts, activation of experts again": sized(SHARED, **GPU, recompute={"modules": ["moe_act"]}),
+    "EP, not gated, norms of heads": sized(
+        ranks=2,
+        **GPU,
+        model={"activation": "gelu", "megatron_core": {"qk_layernorm": True}},
+        parallel=EP2,
+    ),
+    "latent attention": sized(**GPU, model={"multi_latent_attention": LATENT, "num_query_groups": None}),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_GPU)
+def test_pieces_keep_what_the_planner_counts_for_a_gpu(case: str) -> None:
+    """On a host that takes a GPU's paths through our code; what kernels themselves save is not seen."""
+    given, count = ON_A_GPU[case]
+    _agree(given, ranks(count).run(kept_as_on_a_gpu, given))
+
+
+def _agree(given: Experiment, measured: list[dict[str, float]]) -> None:
+    mean = {name: sum(rank[name] for rank in measured) / len(measured) for name in measured[0]}
     parts = Layout.of(given)
-    last = "moe" if given.moe and given.moe.moe_layer_freq == MOE["moe_layer_freq"] else "dense"
-    planned = {"1": activations(given, parts, "dense").kept, "2": activations(given, parts, last).kept}  # type: ignore[arg-type]
+    last: Kind = "moe" if moe_layers(given)[-1] else "dense"
+    planned = {"1": activations(given, parts, "dense").kept, "2": activations(given, parts, last).kept}
     assert {name: mean[name] for name in planned} == pytest.approx(planned, rel=0.015)
     whole = sum(planned.values()) + planned["1"]
     whole += activations(given, parts, EMBEDDING).kept + activations(given, parts, HEAD).kept
     if given.model.mtp_num_layers:
         whole += activations(given, parts, "mtp").kept
     assert sum(mean.values()) == pytest.approx(whole, rel=0.01)
+
+
+def test_fuller_experts_keep_more_rows_unless_they_drop_them() -> None:
+    def of_layer(imbalance: float, factor: float | None = None) -> float:
+        given, _ = sized({"moe_expert_capacity_factor": factor}, parallel=EP2)
+        launch = given.launch.model_copy(update={"expert_imbalance": imbalance})
+        given = given.model_copy(update={"launch": launch})
+        return activations(given, Layout.of(given), "moe").kept
+
+    even, fuller = of_layer(1.0), of_layer(1.5)
+    # Rows of 128 numbers, what the first matrix makes of them (2 x 192), and a gate weight.
+    assert fuller - even == pytest.approx(0.5 * 256 * 2 * (128 + 2 * 192 + 1) * 4)
+    assert of_layer(1.0, factor=1.5) == of_layer(3.0, factor=1.5) == fuller
 
 
 @pytest.mark.parametrize("method", ["block", "uniform"])
