@@ -108,8 +108,10 @@ def test_the_tables_hold_the_numbers_of_the_forecast(capsys: pytest.CaptureFixtu
         parts = [float(cell) for cell in row[2:8]]
         assert sum(parts) == pytest.approx(float(row[8]), rel=0.05)
         assert float(row[8]) * 2**20 == pytest.approx(rank.memory.total, rel=0.05)
+    unit, seconds = wording.in_one_unit([forecast.iteration_s], wording.SECONDS, digits=4)
     whole = re.search(r"^iteration +([\d.]+) +100.0 %", text, re.MULTILINE)
-    assert whole and float(whole[1]) == pytest.approx(1e3 * forecast.iteration_s, rel=1e-3)
+    assert whole and whole[1] == seconds(forecast.iteration_s)
+    assert re.search(rf"^an iteration +{unit} +share", text, re.MULTILINE)
     words = " ".join(text.split())
     assert f"MFU {100 * (forecast.mfu or 0):.1f} %" in words
     assert "Budget 2.048 M tokens = 1,000 iterations x 64 x 32" in words
