@@ -25,6 +25,8 @@ GRADIENTS = (
     "embedding-grads-all-reduce",
 )
 """What of the reduction of gradients follows the last backward pass."""
+GATHER = "params-all-gather"
+"""What the optimizer does with updated weights."""
 
 
 @dataclass(frozen=True)

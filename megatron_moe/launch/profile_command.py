@@ -109,10 +109,11 @@ def _print(found: Profile, path: Path) -> None:
         )
     console = Console(highlight=False)
     console.width = max(console.width, 100)
-    console.print(f"\n[bold]One microbatch in one piece on one rank[/], from {found.source}")
+    title = f"\n[bold]One microbatch in one piece on one rank[/], from {found.source}"
+    console.print(title, soft_wrap=True)
     console.print(table)
     console.print(
-        f"The update of {found.optimizer_parameters:,} parameters takes {1000 * found.optimizer_s:.1f} ms. "
+        f"Updating {found.optimizer_parameters:,} parameters takes {1000 * found.optimizer_s:.1f} ms. "
         f"Written to {path}",
         soft_wrap=True,
     )

@@ -21,12 +21,13 @@ from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import groups, schedule
 from megatron_moe.engine.piece_marks import BACK, BEGIN, END, OUTPUT, MemoryMarks, Places, TimeMarks, place
-from megatron_moe.engine.stopwatch import BACKWARD, FORWARD, Stopwatch
+from megatron_moe.engine.stopwatch import BACKWARD, FORWARD, GATHER, Stopwatch
 from megatron_moe.plan import plan
 from megatron_moe.plan.units import Kind
 from megatron_moe.training import communication
 from megatron_moe.training.build import start
 from megatron_moe.training.forward import Batch, forward_step
+from megatron_moe.training.piece_memory import Bytes, kept_and_working
 from megatron_moe.training.trainer import Trainer
 
 WARM_UP, REPETITIONS = 3, 9
@@ -89,42 +90,16 @@ class Session:
         return self._by_kind(layers, rest)
 
     def memory(self) -> tuple[Costs, Costs]:
-        """Bytes kept between forward and backward, and what is needed beside them while a piece runs.
-
-        What a piece keeps counts its input, and not its output, which the next piece keeps, or which is sent
-        away: as stages do.
-        """
+        """Bytes kept between forward and backward, and what is needed beside them while a piece runs: medians
+        over microbatches and layers, as on a host what another thread releases is missed. In a step of its
+        own, which this slows down."""
         marks = MemoryMarks(self.trainer.device.torch_device)
         self._step(marks)
-        *_, moments = _passes(marks.take())
-        names = [name for name, _ in moments]
-        at = {name: (number, reading) for number, (name, reading) in enumerate(moments)}
-
-        def between(begin: str, end: str) -> tuple[int, int, int]:
-            """Live bytes at both, and the most between them."""
-            first, last = at[begin][0], at[end][0]
-            peak = max(reading.peak for _, reading in moments[first + 1 : last + 1])
-            return at[begin][1].live, at[end][1].live, peak
-
-        assert len(at) == len(names)
-        ends = [place(n) for n in range(len(self.kinds) + 1)]
-        spans: list[tuple[Kind, str, str]] = [("embedding", BEGIN + FORWARD, ends[0])]
-        spans += zip(self.kinds, ends, ends[1:], strict=False)
-        spans += [("mtp", ends[-1], OUTPUT)] * self.has_mtp
-        spans += [("head", spans[-1][2], END + FORWARD)]
         boundary = self.places.boundary_bytes
-        kept: list[tuple[Kind, float]] = []
-        working: list[tuple[Kind, float]] = []
-        for kind, begin, end in spans:
-            before, after, most = between(begin, end)
-            held = after - before + boundary * ((kind == "head") - (kind == "embedding"))
-            kept.append((kind, max(0, held)))
-            back_begin = BEGIN + BACKWARD if kind == "head" else BACK + end
-            back_end = END + BACKWARD if kind == "embedding" else BACK + begin
-            live, _, most_back = between(back_begin, back_end)
-            gradient = 0 if kind == "head" else boundary
-            working.append((kind, max(most - after, most_back - live + gradient, 0)))
-        return self._most(kept), self._most(working)
+        passes = [
+            kept_and_working(moments, self.kinds, self.has_mtp, boundary) for moments in _passes(marks.take())
+        ]
+        return self._most([kept for kept, _ in passes]), self._most([working for _, working in passes])
 
     def communication(self) -> tuple[float, float]:
         """Seconds of a microbatch, in one MoE layer, of experts' all-to-all: waited for, and hidden."""
@@ -142,14 +117,17 @@ class Session:
         return exposed, max(0.0, under_way - exposed)
 
     def update(self) -> tuple[float, int]:
-        """Seconds of an update on the slowest rank, and the parameters that it updates."""
+        """Seconds of an update on the slowest rank, and the parameters that it updates. Without gathering the
+        weights, which other replicas hold here than in training."""
         found = []
         for _ in range(REPETITIONS):
             stopwatch = Stopwatch(self.trainer.device.torch_device)
             self._step(None, stopwatch)
-            found.append(stopwatch.spans()[-1].duration_s)
-        parts = self.trainer.optimizer.chained_optimizers
-        updated = sum(weight.numel() for part in parts for weight in part.get_parameters())
+            *parts, whole = stopwatch.spans()
+            gathered = sum(span.duration_s for span in parts if span.name == GATHER)
+            found.append(whole.duration_s - gathered)
+        optimizers = self.trainer.optimizer.chained_optimizers
+        updated = sum(weight.numel() for part in optimizers for weight in part.get_parameters())
         most = torch.tensor([statistics.median(found), updated], dtype=torch.float64)
         most = most.to(self.trainer.device.torch_device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -169,13 +147,20 @@ class Session:
     def _step(self, marks: TimeMarks | MemoryMarks | None, stopwatch: Stopwatch | None = None) -> None:
         """One step of training, without what is told of it."""
         trainer = self.trainer
+        optimizers = trainer.optimizer.chained_optimizers
         schedule.zero_gradients(trainer.chunks, trainer.optimizer)
         iterators = trainer.iterators(self._batches, trainer.shapes())
         self.places.marks = marks
         dist.barrier()
         schedule.run(trainer.chunks, iterators, self._forward_step, trainer.shapes(), stopwatch=marks)
         self.places.marks = None
-        with contextlib.nullcontext() if stopwatch is None else stopwatch.measure("update"):
+        with contextlib.ExitStack() as measured:
+            if stopwatch is not None:
+                # Nobody is waited for in the first sum over ranks.
+                dist.barrier()
+                for config in {id(part.config): part.config for part in optimizers}.values():
+                    measured.enter_context(stopwatch.attached(config))
+                measured.enter_context(stopwatch.measure("update"))
             schedule.update(trainer.optimizer, trainer.chunks)
 
     def _forward_step(
@@ -202,13 +187,15 @@ class Session:
         dist.all_reduce(total)
         return dict(zip(kinds, (total / dist.get_world_size()).tolist(), strict=True))
 
-    def _most(self, found: Sequence[tuple[Kind, float]]) -> Costs:
-        """Of the pieces of a kind, and of all ranks."""
-        kinds = list(dict.fromkeys(kind for kind, _ in found))
-        most = [max(cost for its_kind, cost in found if its_kind == kind) for kind in kinds]
-        total = torch.tensor(most, dtype=torch.float64, device=self.trainer.device.torch_device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
-        return dict(zip(kinds, total.tolist(), strict=True))
+    def _most(self, passes: Sequence[Bytes]) -> Costs:
+        """The median of a kind of piece on the rank with the most."""
+        found: dict[Kind, list[float]] = {}
+        for kind, size in (entry for passed in passes for entry in passed):
+            found.setdefault(kind, []).append(size)
+        medians = [statistics.median(sizes) for sizes in found.values()]
+        most = torch.tensor(medians, dtype=torch.float64, device=self.trainer.device.torch_device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return dict(zip(found, most.tolist(), strict=True))
 
 
 def _passes(moments: Sequence[tuple[str, Value]]) -> list[list[tuple[str, Value]]]:

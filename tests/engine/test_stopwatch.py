@@ -8,18 +8,19 @@ import pytest
 import torch
 from distributed import ranks
 
-from megatron_moe.engine.stopwatch import BACKWARD, FORWARD, GRADIENTS, SCHEDULE, Stopwatch
+from megatron_moe.engine.stopwatch import BACKWARD, FORWARD, GATHER, GRADIENTS, SCHEDULE, Stopwatch
 
 
 def missing_names() -> list[str]:
     """Names of ours that the installed version's source does not give to a timer."""
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.pipeline_parallel import p2p_communication, schedules
 
-    modules = (inspect.getmodule(finalize_model_grads), p2p_communication, schedules)
+    modules = (inspect.getmodule(finalize_model_grads), p2p_communication, schedules, distrib_optimizer)
     source = "".join(inspect.getsource(module) for module in modules if module is not None)
     travelling = ("forward-recv", "backward-recv", "forward-send", "backward-send-forward-recv")
-    names = (FORWARD, BACKWARD, SCHEDULE, *GRADIENTS, *travelling)
+    names = (FORWARD, BACKWARD, SCHEDULE, GATHER, *GRADIENTS, *travelling)
     return [name for name in names if f"timers('{name}'" not in source]
 
 
