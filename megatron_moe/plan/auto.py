@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.keys import leaves
@@ -41,7 +42,22 @@ def resolve(loaded: Loaded) -> Loaded:
     return replace(loaded, experiment=changed, provenance=provenance)
 
 
+class Placed(NamedTuple):
+    """What came of `auto`."""
+
+    experiment: Experiment
+    """With lists in its places."""
+    gap: float | None
+    """By which part of the pipeline's time another placement might be faster; 0: none is. None where there
+    was nothing to place."""
+
+
 def placed(experiment: Experiment, measured: Profile | None, prove: bool = True) -> Experiment:
+    """The experiment of `place`."""
+    return place(experiment, measured, prove).experiment
+
+
+def place(experiment: Experiment, measured: Profile | None, prove: bool = True) -> Placed:
     """A filled experiment with lists in the places of `auto`; itself where there is none.
 
     Args:
@@ -51,7 +67,7 @@ def placed(experiment: Experiment, measured: Profile | None, prove: bool = True)
     Raises InputError where no placement fits the memory, or what is fixed does not go with what was found.
     """
     if not has_auto(experiment):
-        return experiment
+        return Placed(experiment, None)
     layout, cluster = Layout.of(experiment), Cluster.of(experiment)
     recompute = experiment.recompute
     counts = recompute.layers_per_stage
@@ -84,4 +100,4 @@ def placed(experiment: Experiment, measured: Profile | None, prove: bool = True)
     values = dict(leaves(changed))
     if problems := [problem.render(values, {}) for problem in violations(changed)]:
         raise InputError(*problems)
-    return changed
+    return Placed(changed, found.gap)

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan import costs, journeys
 from megatron_moe.plan.assembly import assemble
-from megatron_moe.plan.auto import placed
+from megatron_moe.plan.auto import place
 from megatron_moe.plan.batch_ramp import num_microbatches
 from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.forecast import Forecast
@@ -39,6 +39,9 @@ class Plan:
     num_microbatches: int
     """Of a replica in a step with the whole global batch."""
     forecast: Forecast
+    placement_gap: float | None = None
+    """By which part of the pipeline's time another placement of layers and recomputation might be faster than
+    the planner's; None where the experiment gives them."""
 
     def stages_on(self, rank: int) -> tuple[Stage, ...]:
         """The stages that a rank holds, by model chunk."""
@@ -74,6 +77,7 @@ class Plan:
             "experts_of_rank": experts,
             "num_microbatches": self.num_microbatches,
             "forecast": asdict(self.forecast),
+            "placement_gap": self.placement_gap,
         }
         return _readable(record)
 
@@ -93,6 +97,7 @@ class Plan:
             flops_per_token=record["flops_per_token"],
             num_microbatches=record["num_microbatches"],
             forecast=TypeAdapter(Forecast).validate_python(record["forecast"]),
+            placement_gap=record["placement_gap"],
         )
 
 
@@ -106,7 +111,7 @@ def make(experiment: Experiment, *, profiled: bool = True) -> Plan:
     device.
     """
     measured = profile_of(experiment) if profiled else None
-    experiment = placed(experiment, measured)
+    experiment, gap = place(experiment, measured)
     layout, cluster = Layout.of(experiment), Cluster.of(experiment)
     units = assemble(experiment, layout, cluster, measured)
     stages = stages_of(experiment)
@@ -120,6 +125,7 @@ def make(experiment: Experiment, *, profiled: bool = True) -> Plan:
         flops_per_token=costs.flops_per_token(experiment),
         num_microbatches=num_microbatches(experiment),
         forecast=foretell(experiment, layout, stages, units, cluster),
+        placement_gap=gap,
     )
 
 
