@@ -17,6 +17,7 @@ from megatron_moe.plan.tables import print_table
 from megatron_moe.plan.wording import BYTES, SECONDS, count, in_one_unit, number_list, plural
 from megatron_moe.plan.wording import memory as memory_of
 
+_ROUNDING = 1e-6
 _SHOWN_CHUNKS = 4
 _TOO_MUCH = "[bold red]{} ![/]"
 
@@ -51,7 +52,7 @@ def print_stages(console: Console, experiment: Experiment, plan: Plan) -> None:
     planned = ["layers"] * layers_are_placed(experiment)
     planned += ["recomputation"] * (experiment.recompute.layers_per_stage == AUTO)
     if planned:
-        console.print(f"Placed by the planner (auto): {' and '.join(planned)}")
+        console.print(f"Placed by the planner (auto): {' and '.join(planned)}{_proof(plan)}")
     print_table(console, columns, left=["holds"], folded=["holds"])
     modules = dict.fromkeys(name for stage in plan.stages for name in stage.recomputed_modules)
     if modules:
@@ -87,6 +88,15 @@ def print_memory(console: Console, experiment: Experiment, plan: Plan) -> None:
         console.print("How much there is, is not known: launch.cluster.memory_gib says it.\n")
     if any((memory.headroom or 0) < 0 for memory in memories):
         console.print("[bold red]! Does not fit.[/]", escape(advice(experiment)) + "\n")
+
+
+def _proof(plan: Plan) -> str:
+    """How good the placement is."""
+    if plan.placement_gap is None or plan.layout.num_stages == 1:
+        return ""
+    if plan.placement_gap < _ROUNDING:
+        return "; none that fits is faster"
+    return f"; one that is up to {percent(plan.placement_gap)} faster may exist"
 
 
 def _title(plan: Plan) -> str:
