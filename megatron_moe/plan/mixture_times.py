@@ -126,5 +126,10 @@ def _by_nodes_s(work: Work, moe: MoE) -> float:
     copies_a_rank = 1 - comb(e - e // expert_ranks, k) / comb(e, k)
     size = work.here * work.experiment.model.hidden_size * work.size * load(work, moe)
     within = size * copies_a_rank * (group.size - 1)
-    between = size * copies_a_node * (nodes - 1)
+    others = copies_a_node * (nodes - 1)
+    if moe.moe_router_num_groups is not None and moe.moe_router_group_topk is not None:
+        # Of the groups that a token's experts may come from, as many lie on other nodes as on average.
+        reached = moe.moe_router_group_topk / moe.moe_router_num_groups
+        others = min(others, max(reached, 1 / nodes) * (nodes - 1))
+    between = size * others
     return 2 * exchange_s(work.cluster, within, between, fraction=1.0)
