@@ -96,7 +96,7 @@ def _proof(plan: Plan) -> str:
         return ""
     if plan.placement_gap < _ROUNDING:
         return "; none that fits is faster"
-    return f"; one that is up to {percent(plan.placement_gap)} faster may exist"
+    return f"; one that is up to {100 * plan.placement_gap:.1f} % faster may exist"
 
 
 def _title(plan: Plan) -> str:
