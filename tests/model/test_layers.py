@@ -10,7 +10,7 @@ import torch
 from experiments import MOE, experiment
 
 from megatron_moe.model.attention import CoreAttention
-from megatron_moe.model.layers import block_spec
+from megatron_moe.model.layers import block_spec, prediction_spec
 from megatron_moe.model.moe.experts import Experts
 from megatron_moe.model.norms import Norm
 from megatron_moe.model.transformer_config import transformer_config
@@ -63,6 +63,27 @@ def test_norms_of_query_and_key(fields: dict[str, bool], kind: str) -> None:
     attention = block(**fields).layer_specs[1].submodules.self_attention.submodules
     names = {getattr(norm, "__name__", str(norm)) for norm in (attention.q_layernorm, attention.k_layernorm)}
     assert names == {kind}
+
+
+def test_latent_attention_and_further_tokens_of_transformer_engine(transformer_engine: Any) -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_head_dim": 4, "qk_pos_emb_head_dim": 4}
+    model = {"spec": "transformer_engine", "num_query_groups": None, "mtp_num_layers": 2}
+    setup = experiment(model={**model, "multi_latent_attention": latent})
+    plan = plans.make(setup)
+    config = transformer_config(setup, plan, 0, torch.float32)
+    attention = block_spec(setup, config, plan.stages[0]).layer_specs[0].submodules.self_attention
+    assert attention.module.__name__ == "MLASelfAttention"
+    assert attention.submodules.core_attention is transformer_engine.TEDotProductAttention
+    # The norm is in the projection behind it.
+    assert attention.submodules.linear_q_up_proj is transformer_engine.TELayerNormColumnParallelLinear
+    further = prediction_spec(setup, config, plan.stages[0])
+    assert len(further.layer_specs) == 2
+    parts = further.layer_specs[0].submodules
+    assert (parts.norm, parts.linear) == (
+        transformer_engine.TENorm,
+        transformer_engine.TEColumnParallelLinear,
+    )
+    assert parts.layer.submodules.self_attention.module.__name__ == "MLASelfAttention"
 
 
 def test_transformer_engine_layers(transformer_engine: Any) -> None:

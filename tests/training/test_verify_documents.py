@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import verify_on_ranks as on_ranks
+from deepseek_cases import LATENT, TWO
 from distributed import ranks
 from experiments import experiment, layout
 
@@ -19,6 +20,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP2, a layer of each recomputed": {"parallel": layout(pp=2), "recompute": {"layers_per_stage": [1, 1]}},
     "CP2, all recomputed": {"parallel": layout(cp=2), "recompute": {"layers_per_stage": [4]}},
     "DP2 EP2": {"parallel": layout(dp=2, expert_model_parallel_size=2)},
+    "CP2, latent attention, further tokens": {
+        "parallel": layout(cp=2),
+        "model": {**LATENT, **TWO, "position_embedding_type": "rope"},
+    },
 }
 
 
@@ -39,10 +44,11 @@ def test_layouts_agree(tmp_path: Path, sections: dict[str, Any]) -> None:
     }
     common: dict[str, Any] = {
         "data": data,
-        "model": {"vocab_size": 300, "position_embedding_type": "learned_absolute"},
+        "model": {"vocab_size": 300, "position_embedding_type": "learned_absolute"}
+        | sections.get("model", {}),
         "logging": {"root": str(tmp_path / "runs")},
     }
-    under_layout = experiment(**sections, **common)
+    under_layout = experiment(**{**sections, **common})
     alone = experiment(parallel=layout(dp=1, expert_model_parallel_size=1), **common)
     pool = ranks(plan.make(under_layout).layout.world_size)
     pool.run(on_ranks.layout_part, under_layout, 1, tmp_path / "verify")
