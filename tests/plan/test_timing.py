@@ -166,6 +166,9 @@ def test_one_copy_a_node_spares_the_links_between_them() -> None:
     flex = {"moe_token_dispatcher_type": "flex"}
     by_nodes = times("moe", moe=moe | flex, parallel=SPREAD_OVER_NODES)
     assert by_nodes.exposed_s < copies.exposed_s / 3
+    groups = {"moe_router_num_groups": 2, "moe_router_group_topk": 1}
+    limited = times("moe", moe=moe | flex | groups, parallel=SPREAD_OVER_NODES)
+    assert limited.exposed_s < 0.95 * by_nodes.exposed_s, "every second token stays"
 
 
 @pytest.mark.parametrize(
