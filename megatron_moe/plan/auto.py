@@ -84,6 +84,13 @@ def place(experiment: Experiment, measured: Profile | None, prove: bool = True) 
         prove=prove,
     )
     is_planned, again = counts == AUTO, any(found.recompute_per_rank)
+    recomputed = [
+        # All layers of the model stand for all that the rank turns out to hold.
+        min(count, max(found.layers_per_stage[rank :: layout.pipeline_model_parallel_size]))
+        if count == experiment.model.num_layers
+        else count
+        for rank, count in enumerate(found.recompute_per_rank)
+    ]
     changed = experiment.model_copy(
         update={
             "pipeline": experiment.pipeline.model_copy(
@@ -91,7 +98,7 @@ def place(experiment: Experiment, measured: Profile | None, prove: bool = True) 
             ),
             "recompute": recompute.model_copy(
                 update={
-                    "layers_per_stage": list(found.recompute_per_rank),
+                    "layers_per_stage": recomputed,
                     "granularity": "none" if is_planned and not again else recompute.granularity,
                 }
             ),
