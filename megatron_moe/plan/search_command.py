@@ -92,13 +92,15 @@ _PARALLEL = {
 
 
 def _recompute(found: Found) -> dict[str, Any]:
+    """The section, null where a key of the original experiment must not count."""
     recompute = found.experiment.recompute
-    keys: dict[str, Any] = {"granularity": recompute.granularity}
-    if recompute.granularity == "full":
-        keys |= {"method": recompute.method, "layers_per_stage": recompute.layers_per_stage}
-    if recompute.granularity == "selective":
-        keys["modules"] = recompute.modules
-    return keys
+    is_whole = recompute.granularity == "full"
+    return {
+        "granularity": recompute.granularity,
+        "method": recompute.method,
+        "layers_per_stage": recompute.layers_per_stage if is_whole else None,
+        "modules": recompute.modules if recompute.granularity == "selective" else None,
+    }
 
 
 def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
@@ -147,7 +149,7 @@ def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
 def _recomputed(found: Found) -> str:
     recompute = found.experiment.recompute
     if recompute.granularity == "selective":
-        return ", ".join(recompute.modules or ())
+        return "modules"
     counts, layers = recompute.layers_per_stage, found.experiment.pipeline.layers_per_stage
     assert isinstance(counts, list) and isinstance(layers, list)
     again = sum(min(held, counts[stage % len(counts)]) for stage, held in enumerate(layers))

@@ -34,6 +34,8 @@ name: searched
 model: {num_layers: 6, hidden_size: 2048, num_attention_heads: 16, vocab_size: 64000}
 moe: {num_moe_experts: 8, moe_router_topk: 2, moe_ffn_hidden_size: 4096}
 data: {kind: mock}
+recompute: {modules: [moe_act]}
+pipeline: {num_layers_in_first_stage: 6}
 training: {train_iters: 10, global_batch_size: 32, seq_length: 4096, precision: bf16}
 launch: {cluster: {preset: h100}}
 """
