@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -104,8 +105,16 @@ def _plain(line: str) -> str:
     text = line.removeprefix("override ").replace(", override)", ")")
     text = text.replace("parallel.expert_model_parallel_size", "the ranks of process_group")
     text = re.sub(r"or expert_model_parallel_size (.*)$", r"or a group of \1 ranks", text)
-    text = text.replace("unknown key; moe has", "unknown key; there are")
+    text = re.sub(r"^(\S+): unknown key; moe has (.*)$", _with_nearest, text.replace("moe.", ""))
     return text.replace("moe.", "").replace("model.hidden_size", "hidden_size")
+
+
+def _with_nearest(unknown: re.Match[str]) -> str:
+    """Of all keys those that the unknown one may have been meant as."""
+    given = unknown[1].removeprefix("moe_")
+    known = {key.removeprefix("moe_"): key for key in unknown[2].split(", ")}
+    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.0)
+    return f"{unknown[1]}: unknown key; the nearest are {', '.join(known[name] for name in nearest)}"
 
 
 def _as_written(line: str, written: Mapping[str, str]) -> str:

@@ -153,6 +153,7 @@ def test_a_model_on_replicated_tokens_dispatches_none(fold: dict[str, Any]) -> N
 
 def test_unequal_ranks_are_told_that_allgather_needs_equal_ones() -> None:
     with pytest.raises(
-        RankError, match=r"equally many tokens on all ranks, and they have \[5, 3\]; use alltoall"
+        RankError,
+        match=r"InputError: .*equally many tokens on all ranks, and they have \[5, 3\]; use alltoall",
     ):
         ranks(2).run(on_ranks.dispatched, Case(settings("allgather"), 2, 1, (5, 3)))

@@ -128,6 +128,7 @@ class Broken(Alternating):
         ({"num_experts": 4, "topk": 1}, "1 expert a token gives the router no gradient"),
         ({"num_experts": None}, "num_experts: is missing"),
         ({"moe_router_gat": "topk"}, "moe_router_gat: unknown key; did you mean moe_router_gate?"),
+        ({"router": "topk"}, "router: unknown key; the nearest are moe_router_topk, moe_router_gate,"),
         ({"moe_router_topk": 1, "topk": 2}, "topk: is the same as moe_router_topk"),
         ({"moe_layer_freq": 2}, "moe_layer_freq: has no effect on a layer alone"),
         (

@@ -16,10 +16,7 @@ from megatron_moe.plan.wording import plural
 def expert_groups(expert_parallel_size: int) -> dict[str, Any]:
     """Arguments of a mixture whose experts are spread over blocks of neighbouring ranks: `process_group`, and
     `expert_data_group` with the ranks that hold the same experts. To be called by all ranks."""
-    if not dist.is_initialized():
-        raise InputError(
-            "expert_groups: there is no process group; call torch.distributed.init_process_group"
-        )
+    _need_process_group("expert_groups")
     world, own = dist.get_world_size(), dist.get_rank()
     if expert_parallel_size < 1 or world % expert_parallel_size:
         fitting = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
@@ -74,8 +71,9 @@ def average_gradients(
         group: the data-parallel ranks; None: all ranks.
         experts_only: leave the others to DistributedDataParallel.
 
-    Raises InputError where the groups of spread experts don't cover these ranks.
+    Raises InputError where the groups of spread experts don't cover these ranks, and without a process group.
     """
+    _need_process_group("average_gradients")
     world = dist.get_world_size(group)
     spread = {id(parameter): groups for parameter, groups in spread_parameters(model).values()}
     for of_expert in spread.values():
@@ -96,3 +94,8 @@ def average_gradients(
         elif size(groups.expert_data) > 1:
             dist.all_reduce(parameter.grad, group=groups.expert_data)
         parameter.grad /= world
+
+
+def _need_process_group(asked_by: str) -> None:
+    if not dist.is_initialized():
+        raise InputError(f"{asked_by}: there is no process group; call torch.distributed.init_process_group")

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.dispatch.flight import Flight, arrive, depart
 from megatron_moe.model.moe.dispatch.transfer import TransferTimes
 from megatron_moe.model.moe.groups import size
@@ -32,11 +33,11 @@ class Gathering:
 
 
 def check_equal(count: int, group: Any) -> None:
-    """Raise ValueError unless all ranks have as many rows: the backend would end the process."""
+    """Raise InputError unless all ranks have as many rows: the backend would end the process."""
     counts = torch.empty(size(group), dtype=torch.int64)
     dist.all_gather_single(counts, torch.tensor([count]), group=group)
     if (counts != count).any():
-        raise ValueError(
+        raise InputError(
             "the dispatcher allgather needs equally many tokens on all ranks, and they have "
             f"{counts.tolist()}; use alltoall or deduplicated (moe_token_dispatcher_type), which take any"
         )
