@@ -74,10 +74,12 @@ def _bound(number: int | float) -> str:
 def remedy(annotation: Any, value: Any, default: Any) -> str:
     """A value that would work: what `value` seems to mean where that can be told, else an example."""
     parts = alternatives(annotation)
+    kinds = {_unwrapped(part)[0] for part in parts}
     for part in parts:
         entries = alternatives(_entry(part))
-        # What is wrong by itself is not right in a list.
-        if entries[0] not in parts and (rewritten := _rewritten(part, value)) is not None:
+        # What is wrong by itself is not right in a list, nor meant as one where a number may stand, too.
+        alone = entries[0] in parts or (entries[0] is not None and type(value) in kinds)
+        if not alone and (rewritten := _rewritten(part, value)) is not None:
             return f"write {rewritten}"
     if default is not None:
         return f"for example {shown(default)}"

@@ -191,8 +191,9 @@ def test_a_rule_names_both_keys_their_values_and_lines(tmp_path: Path) -> None:
 def test_missing_sections_and_keys(tmp_path: Path) -> None:
     found = problems(tmp_path, "name: x\nmodel:\n  num_layers: 2\n")
     assert found == [
-        "experiment.yaml:2: model.hidden_size: is missing; give it a whole number of at least 1",
-        "experiment.yaml:2: model.num_attention_heads: is missing; give it a whole number of at least 1",
+        "experiment.yaml:2: model.hidden_size: is missing; give it a whole number from 1 to 1000000000",
+        "experiment.yaml:2: model.num_attention_heads: is missing; "
+        "give it a whole number from 1 to 1000000000",
         "experiment.yaml: training: is missing; add the section with "
         "train_iters, global_batch_size, seq_length",
         "experiment.yaml: data.path: is not set, and neither are data.prepare and data.blend; "
@@ -205,10 +206,10 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ('model.hidden_size="64"', 'a whole number of at least 1 ("64"); write 64 without quotes'),
-        ("model.hidden_size=64.0", "a whole number of at least 1 (64.0); write 64"),
-        ("model.hidden_size=true", "a whole number of at least 1 (true); for example 1"),
-        ("model.hidden_size=0", "a whole number of at least 1 (0); for example 1"),
+        ('model.hidden_size="64"', 'a whole number from 1 to 1000000000 ("64"); write 64 without quotes'),
+        ("model.hidden_size=64.0", "a whole number from 1 to 1000000000 (64.0); write 64"),
+        ("model.hidden_size=true", "a whole number from 1 to 1000000000 (true); for example 1"),
+        ("model.hidden_size=0", "a whole number from 1 to 1000000000 (0); for example 1"),
         ("parallel.sequence_parallel=no", 'true or false ("no"); write false'),
         ("training.precision=BF16", 'one of auto, fp32, bf16 ("BF16"); write bf16'),
         ("optimizer.lr=0", "a number above 0 (0); for example 0.0003"),
@@ -225,6 +226,7 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         ),
         ("training.global_batch_size=8e9", "a whole number from 1 to 10000000 ("),
         ("moe.moe_overlap_degree=100000", "a whole number from 1 to 1000 ("),
+        ("model.hidden_size=10000000000", "a whole number from 1 to 1000000000 ("),
         ("moe.moe_ffn_hidden_size=10000000000", "a whole number from 1 to 1000000000 ("),
         ("training.rampup_batch_size=2", "a list of 3 entries, each a whole number of at least 1 (2); for "),
         ("training.rampup_batch_size=[2]", "([2]); for example [1, 1, 1]"),
@@ -232,6 +234,7 @@ def test_missing_sections_and_keys(tmp_path: Path) -> None:
         ("data.split=[1, x]", 'each a number from 0 to 1e+12 (entry 2 is "x")'),
         ("pipeline.layers_per_stage=4", "each a whole number of at least 0, or text (4); write [4]"),
         ("pipeline.layers_per_stage={a: 1}", 'each a whole number of at least 0, or text ({"a": 1})'),
+        ("moe.moe_layer_freq=0", "each 0 or 1 (0); for example 1"),
         ("moe.moe_layer_freq=[0, 2, 1, 3]", "each 0 or 1 (entry 2 is 2, entry 4 is 3)"),
         (
             "moe.moe_layer_freq=x",
