@@ -45,6 +45,15 @@ ALLOWED: dict[str, str] = {
 """Keys, as patterns, that may change, with the reason. All others decide the model, its data, or the steps to
 come."""
 
+_SAME_AS = {
+    "model.num_query_groups": "model.num_attention_heads",
+    "model.max_position_embeddings": "training.seq_length",
+    "moe.moe_ffn_hidden_size": "model.ffn_hidden_size",
+    "moe.moe_expert_activation": "model.activation",
+    "moe.moe_num_device_groups": "moe.moe_router_num_groups",
+}
+"""Keys that by default have another one's value: where both change alike, one line is enough."""
+
 _FOLLOWS_TRAIN_ITERS = ("lr_decay_iters", "lr_wsd_decay_iters", "lr_warmup_iters")
 
 
@@ -81,7 +90,8 @@ def differences(
             may = any(re.fullmatch(pattern, key) for pattern in ALLOWED) or _follows(key, old, new)
             may &= key != _WOULD_DROP or not _drop_rate_is_followed(current)
             (allowed if may else refused).append((key, before, after))
-    return allowed, refused
+    changes = {key: change for key, *change in refused}
+    return allowed, [one for one in refused if changes.get(_SAME_AS.get(one[0], "")) != [*one[1:]]]
 
 
 def _join_names(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -165,3 +165,14 @@ def test_a_would_be_drop_rate_that_drives_coefficients_may_not_change(
     later = f"{change[0]}={change[2]}"
     assert compare(tmp_path, [], [later]) == ([change], [])
     assert compare(tmp_path, followed, [*followed, later]) == ([], [change])
+
+
+def test_a_key_that_follows_another_one_is_not_named_beside_it(tmp_path: Path) -> None:
+    loss = "moe.moe_router_load_balancing_type=device_aux_loss"
+    groups = [loss, "moe.moe_router_num_groups=4", "moe.moe_router_group_topk=2"]
+    fewer = [loss, "moe.moe_router_num_groups=2", "moe.moe_router_group_topk=2"]
+    assert compare(tmp_path, groups, fewer) == ([], [("moe.moe_router_num_groups", 4, 2)])
+    own = "moe.moe_num_device_groups=4"
+    assert compare(tmp_path, [*groups, own], [*fewer, own]) == ([], [("moe.moe_router_num_groups", 4, 2)])
+    _, refused = compare(tmp_path, groups, [*groups, "moe.moe_num_device_groups=2"])
+    assert refused == [("moe.moe_num_device_groups", 4, 2)]
