@@ -8,13 +8,12 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.config.errors import InputError, RunError
+from megatron_moe.config.errors import InputError, one_line
 from megatron_moe.config.loading import Loaded, load
 from megatron_moe.launch import exit_codes, local_ranks, preflight, rank, reports
 from megatron_moe.launch.beginning import begin
@@ -50,9 +49,7 @@ def train(config_path: Path, overrides: Sequence[str], identity: Identity) -> in
         folder, code = _wait_for_rank_0(store)
     if folder is None:
         return code
-    folder.logs.mkdir(exist_ok=True)
-    noise.write_to(local_ranks.log_of(folder.logs, identity.rank))
-    return _train_in(folder, identity, loaded, store)
+    return _train_in(folder, identity, loaded, store, noise)
 
 
 def _meet() -> Any:
@@ -98,8 +95,10 @@ def _wait_for_rank_0(store: Any) -> tuple[RunFolder | None, int]:
     return (RunFolder(Path(begun["folder"])) if begun["folder"] else None), begun["code"]
 
 
-def _train_in(folder: RunFolder, identity: Identity, loaded: Loaded, store: Any) -> int:
+def _train_in(folder: RunFolder, identity: Identity, loaded: Loaded, store: Any, noise: LibraryNoise) -> int:
     try:
+        folder.logs.mkdir(exist_ok=True)
+        noise.write_to(local_ranks.log_of(folder.logs, identity.rank))
         if identity.local_rank == 0 and identity.rank != 0:
             # Rank 0 has looked at its own node; another one may lack something.
             preflight.check(loaded)
@@ -108,15 +107,13 @@ def _train_in(folder: RunFolder, identity: Identity, loaded: Loaded, store: Any)
         if _is_first_to_say(store, str(error)):
             raise
         return exit_codes.WRONG_INPUT
-    except RunError as error:
-        if _is_first_to_say(store, str(error)):
-            print(error, file=sys.stderr)
-        rank.leave(exit_codes.FAILED)
     except Exception as error:
-        if not reports.is_secondary(error):
-            print(
-                f"rank {identity.rank} failed:\n{''.join(traceback.format_exception(error))}", file=sys.stderr
-            )
+        report = reports.of_exception(identity.rank, error, exit_codes.FAILED)
+        for problem in report.problems:
+            if _is_first_to_say(store, problem):
+                print(one_line(problem), file=sys.stderr)
+        if report.kind == "error":
+            print(f"rank {identity.rank} failed:\n{report.traceback}", file=sys.stderr)
         rank.leave(exit_codes.FAILED)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, RunError, is_outside
 from megatron_moe.launch import lock
 
 
@@ -47,7 +47,8 @@ class RunFolder:
         self.requeue.touch()
 
     def write(self, config: str, resolved: str, plan: str) -> None:
-        """Write the three files, each whole or not at all. Raises InputError where they cannot be written."""
+        """Write the three files, each whole or not at all. Raises InputError where they cannot be written,
+        RunError where the disk is full."""
         texts = {self.config: config, self.resolved: resolved, self.plan: plan}
         asides = {path: path.with_name(path.name + ".part") for path in texts}
         try:
@@ -87,7 +88,8 @@ _LOCK = ".lock"
 def open_locked(root: str, name: str) -> LockedRunFolder:
     """Make the run folder where it is missing, and lock it.
 
-    Raises InputError where it cannot be made or written, or another job holds it.
+    Raises InputError where it cannot be made or written, or another job holds it; RunError where the disk is
+    full.
     """
     path = Path(root) / name
     missing: list[Path] = []
@@ -107,7 +109,9 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             path.rmdir()
 
 
-def _cannot_write(root: str | Path, path: Path, error: OSError) -> InputError:
+def _cannot_write(root: str | Path, path: Path, error: OSError) -> InputError | RunError:
+    if is_outside(error):
+        return RunError(f"cannot write to the run folder {path}: {error.strerror}; make room and start again")
     return InputError(
         f"logging.root: {root}: cannot write to the run folder {path} ({error.strerror}): "
         "choose a folder that you can write to, e.g. logging.root=/tmp/runs"

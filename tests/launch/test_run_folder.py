@@ -13,7 +13,7 @@ import time
 import pytest
 from fake_ranks import PACKAGE_ROOT, is_alive, pids_of, start_launcher
 
-from megatron_moe.config.errors import InputError
+from megatron_moe.config.errors import InputError, RunError
 from megatron_moe.launch.run_folder import open_locked
 
 
@@ -118,7 +118,9 @@ def test_a_run_folder_that_cannot_be_made_leaves_no_parents_behind(tmp_path):
 def test_files_that_cannot_be_written_leave_nothing_half_written(tmp_path):
     locked = open_locked(str(tmp_path), "run")
     locked.folder.plan.with_name("plan.json.part").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=r"cannot write to the run folder .*No space left on device"):
+    with pytest.raises(
+        RunError, match=r"cannot write to the run folder .*No space left on device; make room"
+    ):
         locked.folder.write("name: run\n", "name: run\n", "{}")
     assert [path.name for path in locked.folder.path.iterdir()] == [".lock"]
     locked.release()

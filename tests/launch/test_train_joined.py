@@ -110,3 +110,37 @@ def test_srun_wrong_input_is_said_by_rank_0_and_all_exit_with_2(tmp_path, monkey
     (code, _, errors), others = srun(config, "parallel.data_parallel_size=3")
     assert code == 2 and "parallel.data_parallel_size" in errors
     assert others == (2, "", "")
+
+
+def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, monkeypatch):
+    """In a rank's training, and before it, where rank 0 writes the run's files."""
+    in_training = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+if rank == 1:
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+dist.all_reduce(torch.ones(1))
+"""
+    before = """
+import pathlib
+def full(*arguments, **keywords):
+    raise OSError(28, "No space left on device")
+pathlib.Path.write_text = full
+"""
+    for body, line in (
+        (
+            in_training,
+            "rank 1: cannot write metrics.jsonl: No space left on device; make room and start again",
+        ),
+        (
+            "pass",
+            "cannot write to the run folder runs/small: No space left on device; make room and start again",
+        ),
+    ):
+        config = install(tmp_path, monkeypatch, body)
+        if body == "pass":
+            site = tmp_path / "site" / "sitecustomize.py"
+            site.write_text(site.read_text() + before)
+        results = srun(config)
+        assert [code for code, _, _ in results] == [1, 1]
+        assert "".join(errors for _, _, errors in results) == f"{line}\n"
