@@ -20,6 +20,12 @@ def is_measured(experiment: Experiment) -> bool:
     return _expert_ranks(experiment) > 1
 
 
+def overlaps(experiment: Experiment) -> bool:
+    """Whether anything is computed while tokens travel."""
+    moe = experiment.moe
+    return moe is not None and (moe.moe_overlap_degree > 1 or moe.moe_shared_expert_overlap)
+
+
 def copies_experts(experiment: Experiment) -> bool:
     """Whether hot experts may be copied."""
     moe = experiment.moe

@@ -102,6 +102,9 @@ class StepMeter:
         record: dict[str, Any] = {}
         if communication.is_measured(trainer.experiment):
             record |= communication.end(trainer.chunks, device)
+            if not communication.overlaps(trainer.experiment):
+                # What was not waited for went into launching.
+                record["moe/exposed_communication_ms"] = record["moe/communication_ms"]
         record |= stage_metrics(layout, spans, self._peak_bytes, num_microbatches, device)
         return record if self._detailed else {}
 

@@ -58,6 +58,7 @@ def say_summary(trainer: Trainer, log: Path) -> None:
         lines = ["", f"Stopped after step {done} of {wanted}; everything is saved."]
     else:
         lines = ["", f"Trained {plural(done, 'step')}."]
+    lines[1] += about_skips(folder / "metrics.jsonl", done)
     rows = [
         *_losses(trainer),
         *_seen(trainer),
@@ -76,6 +77,18 @@ def say_summary(trainer: Trainer, log: Path) -> None:
     lines += _to_look_at(trainer)
     lines.append(f"  check layout megatron-moe verify {config}")
     say(lines, log)
+
+
+def about_skips(metrics: Path, done: int) -> str:
+    """What is said of steps that changed no weight, of `done` in all, those of earlier starts included."""
+    with metrics.open(encoding="utf-8") as lines:
+        skipped = sum('"skipped": ' in line for line in lines)
+    if not skipped:
+        return ""
+    which = f"{skipped} of them {'was' if skipped == 1 else 'were'}"
+    if skipped == done:
+        which = "It was" if done == 1 else f"All {done} were"
+    return f" {which} skipped and changed no weight; metrics.jsonl says why."
 
 
 def _parameters(plan: Plan) -> str:

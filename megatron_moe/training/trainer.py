@@ -101,7 +101,10 @@ class Trainer:
                 self.experiment, self.chunks, reports, self.stop_requested, self.device.torch_device
             )
             with self.step_meter.update():
-                updated, grad_norm = schedule.update(self.optimizer, self.chunks)
+                # Without a target there is no gradient: only decay and old momentum would move the weights.
+                updated, grad_norm = (
+                    schedule.update(self.optimizer, self.chunks) if sums.targets else (False, 0.0)
+                )
             if updated and sums.moe is not None:
                 router_updates.end_iteration(self.experiment, self.chunks, sums.moe)
         self.stopped = sums.stop_requested
@@ -130,7 +133,9 @@ class Trainer:
         if self.prepared.sources and self.experiment.data.blend is None:
             record["epoch"] = self.consumed_samples / len(self.datasets.train)
         if not updated:
-            record["skipped"] = "the gradient norm is not finite"
+            record["skipped"] = (
+                "the gradient norm is not finite" if sums.targets else "no token of the batch is a target"
+            )
         if sums.moe is not None and sums.balance is not None:
             detailed = self.iteration % self.experiment.logging.detail_interval == 0
             record |= moe_metrics(sums.moe, self.experiment, detailed)

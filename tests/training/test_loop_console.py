@@ -15,6 +15,8 @@ RECORD = {"loss": 5.25, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 12345
 SPECIAL: dict[int, dict[str, Any]] = {
     9: {"eval/loss": 5.5},
     10: {"moe/load_max_over_mean": 1.536, "moe/drop_rate": 0.0213, "moe/dead_experts": 0},
+    20: {"moe/communication_ms": 8.2, "moe/exposed_communication_ms": 8.2},
+    25: {"moe/communication_ms": 8.0, "moe/exposed_communication_ms": 2.0},
     12: {"loss": None, "grad_norm": math.nan, "skipped": "the gradient norm is not finite"},
 }
 
@@ -39,6 +41,8 @@ def test_a_line_for_every_step_that_is_worth_one(tmp_path, capsys):
     assert written[0] == "step  1/25  loss 5.2500  12,346 tokens/s  lr 1.00e-03  grad norm 1.000"
     assert "loss 5.2500  held-out 5.5000" in written[1] and "held-out" not in written[2]
     assert written[2].endswith("grad norm 1.000  load max/mean 1.54  dropped 2.1%")
+    assert written[4].endswith("exchange 8 ms, none hidden")
+    assert written[5].endswith("exchange 8 ms, 75% hidden, 2 ms exposed")
     assert written[3].endswith("skipped: the gradient norm is not finite") and "loss -" in written[3]
 
 

@@ -134,14 +134,16 @@ def test_the_loss_is_the_cross_entropy_of_the_logits():
         assert recorded == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_a_step_with_a_broken_gradient_is_skipped_everywhere():
+def test_a_step_with_a_broken_gradient_or_without_targets_is_skipped_everywhere():
     results = ranks(2).run(on_ranks.with_a_broken_gradient, experiment(parallel=layout(tp=2)), Path())
     for steps in results:
-        assert [step["changed"] for step in steps] == [True, False, True]
+        assert [step["changed"] for step in steps] == [True, False, True, False]
         assert "skipped" not in steps[0]["record"] and "skipped" not in steps[2]["record"]
         broken = steps[1]["record"]
         assert broken["skipped"] == "the gradient norm is not finite"
         assert broken["grad_norm"] is None and math.isfinite(broken["loss"])
+        assert steps[3]["record"]["skipped"] == "no token of the batch is a target"
+        assert steps[3]["record"]["loss"] is None
         assert broken["iteration"] == 2 and steps[2]["record"]["iteration"] == 3
 
 

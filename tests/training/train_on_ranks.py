@@ -140,7 +140,8 @@ def hand_loss(trainer: Trainer, dataset: Any, iterations: int, shuffle: bool) ->
 
 
 def with_a_broken_gradient(experiment: Experiment, run: Path) -> list[dict[str, Any]]:
-    """Three steps; in the second the last rank's experts have a NaN in their gradient.
+    """Four steps; in the second the last rank's experts have a NaN in their gradient, and in the fourth no
+    token is a target.
 
     Returns for each step the record as the file has it, and whether any weight of this rank changed.
     """
@@ -159,11 +160,14 @@ def with_a_broken_gradient(experiment: Experiment, run: Path) -> list[dict[str, 
         finalize(*args, **kwargs)
 
     result = []
-    for number in range(3):
+    no_targets = (
+        {**batch, **{key: 0 * batch[key] for key in ("loss_mask", "num_targets")}} for batch in batches
+    )
+    for number in range(4):
         before = [weight.detach().clone() for weight in trainer.chunks[0].parameters()]
         breaks = number == 1 and dist.get_rank() == dist.get_world_size() - 1
         config.finalize_model_grads_func = spoil if breaks else finalize
-        record = trainer.step(batches)
+        record = trainer.step(no_targets if number == 3 else batches)
         changed = any(
             not torch.equal(a, b) for a, b in zip(before, trainer.chunks[0].parameters(), strict=True)
         )

@@ -125,5 +125,7 @@ def _routing(record: Record) -> str:
 def _exchange(record: Record) -> str:
     """How long tokens travelled in this step, and how much of that was hidden."""
     under_way, exposed = record["moe/communication_ms"], record["moe/exposed_communication_ms"]
+    if exposed == under_way:
+        return f"exchange {under_way:,.0f} ms, none hidden"
     hidden = max(0.0, 1 - exposed / under_way)
     return f"exchange {under_way:,.0f} ms, {hidden:.0%} hidden, {exposed:,.0f} ms exposed"
