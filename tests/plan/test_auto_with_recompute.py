@@ -19,6 +19,7 @@ def on_two_ranks(**recompute: Any) -> Experiment:
         pipeline={"layers_per_stage": "auto"},
         recompute={"layers_per_stage": None, **recompute},
         launch={"cluster": {"preset": "h100"}},
+        data={"kind": "mock"},
     )
 
 
