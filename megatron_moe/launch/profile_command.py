@@ -16,7 +16,6 @@ from rich.table import Table
 from megatron_moe.config.dump import to_yaml
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import Loaded, load
-from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.machine import look
 from megatron_moe.launch import exit_codes, identity, local_ranks, preflight
 from megatron_moe.launch.command import tell
@@ -48,7 +47,8 @@ def profile(config_path: Path, overrides: Sequence[str], output: Path | None) ->
             ranks = ranks_at_once(experiment, on_host)
             threads = experiment.launch.threads_per_rank or local_ranks.threads_each(ranks)
             found = Path(folder) / "measured.json"
-            _write_experiments(experiment, ranks, Path(folder))
+            pieces_of = measured(experiment, ranks, Path(folder))
+            (Path(folder) / "pieces.yaml").write_text(to_yaml(pieces_of))
             print(f"{experiment.name}: measuring with {plural(ranks, 'rank')}", flush=True)
             argv = [sys.executable, "-m", "megatron_moe.launch.rank", "profile", folder]
             outcome = run_ranks(argv, ranks, threads, Path(folder) / "logs", quiet=False)
@@ -85,12 +85,6 @@ def _check(loaded: Loaded) -> bool:
             "with more, or plan without a profile"
         )
     return on_host
-
-
-def _write_experiments(experiment: Experiment, ranks: int, folder: Path) -> None:
-    for name, recomputed in (("plain", False), ("recomputed", True)):
-        text = to_yaml(measured(experiment, ranks, recomputed, folder))
-        (folder / f"{name}.yaml").write_text(text)
 
 
 def _print(found: Profile, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The small experiments that `profile` measures in place of one: its pieces, and nothing of its size."""
+"""The small experiment that `profile` measures in the place of one: its pieces, and nothing of its depth."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ LAYERS_OF_A_KIND = 2
 MICROBATCHES = 4
 
 
-def measured(experiment: Experiment, ranks: int, recomputed: bool, folder: Path) -> Experiment:
+def measured(experiment: Experiment, ranks: int, folder: Path) -> Experiment:
     """All layers in one stage, two of each kind, on random tokens.
 
     Args:
         experiment: filled.
         ranks: that train it; more replicas than the experiment has stand for its other pipeline stages.
-        recomputed: compute every layer again, instead of what `recompute.modules` names.
         folder: takes what a run leaves behind.
     """
     parallel, recompute, training = experiment.parallel, experiment.recompute, experiment.training
     replicas = ranks // (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     has_experts = [kind for kind in (False, True) for _ in range(_layers(experiment, kind))]
-    modules = recompute.modules if recompute.granularity == "selective" and not recomputed else []
+    modules = recompute.modules if recompute.granularity == "selective" else []
     sections: dict[str, dict[str, Any]] = {
         "model": {"num_layers": len(has_experts)},
         "parallel": {
@@ -38,8 +37,8 @@ def measured(experiment: Experiment, ranks: int, recomputed: bool, folder: Path)
         },
         "pipeline": dict.fromkeys(type(experiment.pipeline).model_fields),
         "recompute": {
-            "granularity": "full" if recomputed else "selective" if modules else "none",
-            "layers_per_stage": [len(has_experts) if recomputed else 0],
+            "granularity": "selective" if modules else "none",
+            "layers_per_stage": [0],
             "method": "block",
             "modules": modules,
         },

@@ -77,14 +77,12 @@ def verify(folder: str, part: str, steps: str, tolerance: str) -> int:
 
 
 def profile(folder: str) -> int:
-    """One rank of `profile`, which measures the two experiments that lie in the folder."""
+    """One rank of `profile`, which measures the experiment that lies in the folder."""
     from megatron_moe.training.profile import run_part
 
-    at, world_size = Path(folder), int(os.environ["WORLD_SIZE"])
-    plain, recomputed = (
-        load(at / f"{name}.yaml", [], world_size).experiment for name in ("plain", "recomputed")
-    )
-    return run_part(at, plain, recomputed)
+    at = Path(folder)
+    experiment = load(at / "pieces.yaml", [], world_size=int(os.environ["WORLD_SIZE"])).experiment
+    return run_part(at, experiment)
 
 
 _COMMANDS: dict[str, Callable[..., int]] = {"train": train, "verify": verify, "profile": profile}

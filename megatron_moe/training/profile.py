@@ -1,7 +1,5 @@
 """`megatron-moe profile`, as one rank: what each kind of piece takes on this machine, under the load of
-training.
-
-The layers are trained once as they are, and once with every layer computed again (see `profile_session`).
+training (see `profile_session`).
 """
 
 from __future__ import annotations
@@ -26,13 +24,13 @@ MEASURED = "measured.json"
 """What `run_part` writes."""
 
 
-def run_part(folder: Path, plain: Experiment, recomputed: Experiment) -> int:
+def run_part(folder: Path, experiment: Experiment) -> int:
     """Measure, and let rank 0 write what `Profile` needs of it into `folder`. A collective over all ranks.
 
     Raises RunError where memory does not suffice.
     """
     try:
-        found = measure(folder, plain, recomputed)
+        found = measure(folder, experiment)
     except torch.OutOfMemoryError as error:
         raise RunError(
             "the GPU's memory does not suffice for two layers of each kind with embedding and output layer; "
@@ -46,28 +44,22 @@ def run_part(folder: Path, plain: Experiment, recomputed: Experiment) -> int:
     return 0
 
 
-def measure(folder: Path, plain: Experiment, recomputed: Experiment) -> dict[str, Any]:
+def measure(folder: Path, experiment: Experiment) -> dict[str, Any]:
     """The fields of `plan.profile.Profile` that are measured. A collective over all ranks."""
-    session = Session(plain, folder)
+    session = Session(experiment, folder)
     device = session.trainer.device
-    forward_s, backward_s = session.times()
-    kept, working = session.memory()
+    times = session.times()
+    (forward_s, backward_s), (_, again_s), (_, frozen_s) = times["plain"], times["again"], times["frozen"]
+    kept, working = session.memory("plain")
+    kept_again, _ = session.memory("again")
     exposed_s, hidden_s = session.communication()
     optimizer_s, optimizer_parameters = session.update()
-    with session.frozen():
-        _, without_weights_s = session.times()
-    session.close()
-
-    session = Session(recomputed, folder)
-    _, backward_again_s = session.times()
-    kept_again, _ = session.memory()
-    session.close()
     pieces = {
         kind: {
             "forward_s": forward_s[kind],
             "backward_s": backward_s[kind],
-            "recompute_s": max(0.0, backward_again_s[kind] - backward_s[kind]) * (kind in LAYERS),
-            "weight_gradient_s": max(0.0, backward_s[kind] - without_weights_s[kind]),
+            "recompute_s": max(0.0, again_s[kind] - backward_s[kind]) if kind in LAYERS else 0.0,
+            "weight_gradient_s": max(0.0, backward_s[kind] - frozen_s[kind]),
             "exposed_s": exposed_s if kind == "moe" else 0.0,
             "hidden_s": hidden_s if kind == "moe" else 0.0,
             "kept_bytes": kept[kind],

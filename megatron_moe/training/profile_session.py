@@ -11,7 +11,7 @@ import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
-from megatron_moe.engine import groups, schedule
+from megatron_moe.engine import schedule
 from megatron_moe.engine.piece_marks import BACK, BEGIN, END, OUTPUT, MemoryMarks, Places, TimeMarks, place
 from megatron_moe.engine.stopwatch import BACKWARD, FORWARD, GATHER, Stopwatch
 from megatron_moe.plan import plan
@@ -33,6 +33,8 @@ from megatron_moe.training.trainer import Trainer
 WARM_UP, REPETITIONS = 3, 9
 """Steps; the median over the repetitions is what counts."""
 
+Way = Literal["plain", "again", "frozen"]
+"""As the experiment says; every layer computed again; without gradients of weights."""
 Costs = dict[Kind, float]
 """Seconds or bytes of one microbatch in one piece of each kind."""
 Value = TypeVar("Value")
@@ -48,28 +50,29 @@ class Session:
         self.kinds: list[Kind] = ["moe" if has_experts else "dense" for has_experts in moe_layers(experiment)]
         self.has_mtp = experiment.model.mtp_num_layers > 0
         self._batches = self.trainer.microbatches(self.trainer.datasets.train, 0, shuffle=True)
+        self._ways: dict[Way, Callable[[], contextlib.AbstractContextManager[None]]] = {
+            "plain": contextlib.nullcontext,
+            "again": self._again,
+            "frozen": self._frozen,
+        }
         self._microbatches = self.trainer.shapes().num_microbatches
         for _ in range(WARM_UP):
             self._step(None)
 
-    def close(self) -> None:
-        """Leave the ranks and their memory free for another model, which hooks would keep alive."""
-        for module in list(self.trainer.chunks[0].modules()):
-            module.__dict__.clear()
-        del self.trainer, self.places, self._batches
-        groups.destroy()
-
-    def times(self) -> tuple[Costs, Costs]:
-        """Seconds forward and backward."""
-        forward: list[list[Costs]] = []
-        backward: list[list[Costs]] = []
-        for _ in range(REPETITIONS):
-            marks = TimeMarks(self.trainer.device.torch_device)
-            self._step(marks)
-            passes = [dict(moments) for moments in _passes(marks.take())]
-            forward.append([self._forward(at) for at in passes])
-            backward.append([self._backward(at) for at in passes])
-        return self._typical(forward), self._typical(backward)
+    def times(self) -> dict[Way, tuple[Costs, Costs]]:
+        """Seconds forward and backward in each way of training. They take turns, so that their differences
+        are not those of what else the machine does."""
+        found: dict[Way, tuple[list[list[Costs]], list[list[Costs]]]] = {way: ([], []) for way in self._ways}
+        for repetition in range(REPETITIONS + 1):
+            for way, (forward, backward) in found.items():
+                marks = TimeMarks(self.trainer.device.torch_device)
+                with self._ways[way]():
+                    self._step(marks)
+                passes = [dict(moments) for moments in _passes(marks.take())]
+                if repetition > 0:  # the first one warms up
+                    forward.append([self._forward(at) for at in passes])
+                    backward.append([self._backward(at) for at in passes])
+        return {way: (self._typical(steps), self._typical(back)) for way, (steps, back) in found.items()}
 
     def _forward(self, at: dict[str, float]) -> Costs:
         last = place(len(self.kinds))
@@ -89,12 +92,13 @@ class Session:
         rest["head"] = at[BACK + OUTPUT if self.has_mtp else last] - at[BEGIN + BACKWARD]
         return self._by_kind(layers, rest)
 
-    def memory(self) -> tuple[Costs, Costs]:
+    def memory(self, way: Way) -> tuple[Costs, Costs]:
         """Bytes kept between forward and backward, and what is needed beside them while a piece runs: medians
         over microbatches and layers, as on a host what another thread releases is missed. In a step of its
         own, which this slows down."""
         marks = MemoryMarks(self.trainer.device.torch_device)
-        self._step(marks)
+        with self._ways[way]():
+            self._step(marks)
         boundary = self.places.boundary_bytes
         passes = [
             kept_and_working(moments, self.kinds, self.has_mtp, boundary) for moments in _passes(marks.take())
@@ -134,7 +138,21 @@ class Session:
         return float(most[0]), int(most[1])
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def _again(self) -> Iterator[None]:
+        """Every layer is computed again, by itself."""
+        from megatron.core.utils import get_model_config
+
+        config = get_model_config(self.trainer.chunks[0])
+        names = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+        before = [getattr(config, name) for name in names]
+        for name, value in zip(names, ("full", "block", len(self.kinds)), strict=True):
+            setattr(config, name, value)
+        yield
+        for name, value in zip(names, before, strict=True):
+            setattr(config, name, value)
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
         """No weight gets a gradient meanwhile but those of the embedding, without which there were no
         backward pass."""
         weights = [w for name, w in self.trainer.chunks[0].named_parameters() if "embedding." not in name]

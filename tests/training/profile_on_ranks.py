@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.engine import groups
 from megatron_moe.engine.checkpoint import unwrap
 from megatron_moe.training import profile, profile_session
 
 
-def measured(plain: Experiment, recomputed: Experiment, folder: Path) -> dict[str, Any]:
+def measured(experiment: Experiment, folder: Path) -> dict[str, Any]:
     """What `profile` finds, in few steps."""
     profile_session.WARM_UP, profile_session.REPETITIONS = 1, 2
-    return profile.measure(folder, plain, recomputed)
+    return profile.measure(folder, experiment)
 
 
 def saved_by_layers(experiment: Experiment, folder: Path) -> list[int]:
@@ -48,6 +47,4 @@ def saved_by_layers(experiment: Experiment, folder: Path) -> list[int]:
         batches = session.trainer.iterators(session._batches, session.trainer.shapes())[0]
         output, _ = forward_step(batches, chunk)
     assert output.requires_grad
-    session.close()
-    groups.destroy()
     return sizes[:-1]

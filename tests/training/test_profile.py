@@ -20,16 +20,13 @@ RANDOM_STATES = 3 * 5056
 MOE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_first_k_dense_layers": 1}
 
 
-def variants(made, world_size: int, folder: Path):
-    return [
-        fill(profile_experiment.measured(made, world_size, recomputed, folder))
-        for recomputed in (False, True)
-    ]
+def small(made, world_size: int, folder: Path):
+    return fill(profile_experiment.measured(made, world_size, folder))
 
 
 def pieces(made, world_size: int, folder: Path) -> dict[str, Piece]:
     """The same on every rank."""
-    found = ranks(world_size).run(on_ranks.measured, *variants(made, world_size, folder), folder)
+    found = ranks(world_size).run(on_ranks.measured, small(made, world_size, folder), folder)
     assert all(rank["pieces"] == found[0]["pieces"] for rank in found)
     return {kind: Piece(**piece) for kind, piece in found[0]["pieces"].items()}
 
@@ -56,7 +53,7 @@ def test_every_kind_of_piece_is_measured(tmp_path):
 
 def test_kept_bytes_are_those_that_autograd_saves(tmp_path):
     made = experiment(MOE)
-    (saved,) = ranks(1).run(on_ranks.saved_by_layers, variants(made, 1, tmp_path)[0], tmp_path)
+    (saved,) = ranks(1).run(on_ranks.saved_by_layers, small(made, 1, tmp_path), tmp_path)
     found = pieces(made, 1, tmp_path)
     # What a function of our own keeps without telling autograd is measured, and not seen here.
     assert found["dense"].kept_bytes == pytest.approx(saved[0], rel=0.02)
@@ -89,12 +86,11 @@ def test_small_experiments_have_two_layers_of_each_kind(tmp_path):
         training={"global_batch_size": 64},
         recompute={"layers_per_stage": [1, 0, 1, 0]},
     )
-    plain, recomputed = variants(made, 8, tmp_path)
-    for small, again in ((plain, 0), (recomputed, 4)):
-        assert small.model.num_layers == 4
-        assert small.moe is not None and small.moe.moe_layer_freq == [0, 0, 1, 1]
-        assert small.recompute.layers_per_stage == [again]
-        parallel = small.parallel
-        assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (2, 1)
-        # In the place of the other stages: as many ranks compute at once.
-        assert parallel.data_parallel_size == 4
+    pieces_of = small(made, 8, tmp_path)
+    assert pieces_of.model.num_layers == 4
+    assert pieces_of.moe is not None and pieces_of.moe.moe_layer_freq == [0, 0, 1, 1]
+    assert pieces_of.recompute.layers_per_stage == [0]
+    parallel = pieces_of.parallel
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (2, 1)
+    # In the place of the other stages: as many ranks compute at once.
+    assert parallel.data_parallel_size == 4
