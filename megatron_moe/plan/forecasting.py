@@ -13,6 +13,7 @@ from megatron_moe.plan.costs import flops_per_token
 from megatron_moe.plan.forecast import Forecast, MemoryForecast, RankForecast
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.limits import limits_of
+from megatron_moe.plan.profile import Profile
 from megatron_moe.plan.schedules.orders import ScheduleName
 from megatron_moe.plan.schedules.simulation import StageTimes, simulate
 from megatron_moe.plan.schedules.timeline import Timeline
@@ -47,9 +48,18 @@ def stage_times(costs: Sequence[StageCost]) -> list[StageTimes]:
 
 
 def foretell(
-    experiment: Experiment, layout: Layout, stages: Sequence[Stage], units: Units, cluster: Cluster
+    experiment: Experiment,
+    layout: Layout,
+    stages: Sequence[Stage],
+    units: Units,
+    cluster: Cluster,
+    measured: Profile | None = None,
 ) -> Forecast:
-    """The forecast of a filled experiment whose stages are known."""
+    """The forecast of a filled experiment whose stages are known.
+
+    Args:
+        measured: whose time of the update takes the place of the model's.
+    """
     costs = stage_costs(experiment, stages, units)
     pipeline_size, microbatches = layout.pipeline_model_parallel_size, num_microbatches(experiment)
     name: ScheduleName = "interleaved" if layout.virtual_pipeline_model_parallel_size > 1 else "1f1b"
@@ -57,13 +67,13 @@ def foretell(
     of_rank = [costs[rank::pipeline_size] for rank in range(pipeline_size)]
     ranks = tuple(_rank(rank, of_rank[rank], timeline, cluster) for rank in range(pipeline_size))
     after = [
-        timing.after_pipeline(
+        _after(
             experiment,
             layout,
             cluster,
             [stage for stage in stages if stage.pipeline_rank == rank.pipeline_rank],
-            rank.forward_s,
-            rank.backward_s,
+            rank,
+            measured,
         )
         for rank in ranks
     ]
@@ -91,6 +101,24 @@ def foretell(
         source=units.source,
     )
     return replace(forecast, limits=limits_of(forecast, microbatches))
+
+
+def _after(
+    experiment: Experiment,
+    layout: Layout,
+    cluster: Cluster,
+    stages: Sequence[Stage],
+    rank: RankForecast,
+    measured: Profile | None,
+) -> tuple[float, float]:
+    """Seconds of gradients and gathered weights, and of the update, of one pipeline rank."""
+    gradient_s, optimizer_s = timing.after_pipeline(
+        experiment, layout, cluster, stages, rank.forward_s, rank.backward_s
+    )
+    if measured is not None:
+        count = timing.updated_parameters(experiment, layout, cluster, timing.pieces_on(stages))
+        optimizer_s = count * measured.optimizer_s_per_parameter
+    return gradient_s, optimizer_s
 
 
 def _rank(rank: int, held: Sequence[StageCost], timeline: Timeline, cluster: Cluster) -> RankForecast:

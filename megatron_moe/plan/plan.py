@@ -124,7 +124,7 @@ def make(experiment: Experiment, *, profiled: bool = True) -> Plan:
         parameters=costs.count_parameters(experiment),
         flops_per_token=costs.flops_per_token(experiment),
         num_microbatches=num_microbatches(experiment),
-        forecast=foretell(experiment, layout, stages, units, cluster),
+        forecast=foretell(experiment, layout, stages, units, cluster, measured),
         placement_gap=gap,
     )
 

@@ -1,5 +1,5 @@
-"""What `megatron-moe profile` measured of the pieces of a model on a device: the file, and whether it is about
-an experiment.
+"""What `megatron-moe profile` measured of the pieces of a model on a device: the file, and whether it is
+about an experiment.
 
 Times and bytes are those of one microbatch on one rank. They hold for every split into pipeline stages, and
 for every number of replicas: what a piece computes depends on neither.
@@ -204,8 +204,8 @@ def check(profile: Profile, path: Path, experiment: Experiment) -> None:
         differing.append(f"{profile.ranks} ranks at once (here {ranks})")
     if differing:
         raise InputError(
-            f"{path}: this profile was measured with {', '.join(differing)}: run `megatron-moe profile` for this "
-            f"experiment, or {'leave out launch.profile' if experiment.launch.profile else 'remove the file'}"
+            f"{path}: this profile was measured with {', '.join(differing)}: run `megatron-moe profile` for "
+            f"this experiment, or {'leave out launch.profile' if experiment.launch.profile else 'remove the file'}"
         )
 
 

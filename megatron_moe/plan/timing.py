@@ -13,11 +13,11 @@ from megatron_moe.plan.kernels import Cost
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.mixture_times import Mixture, mixture
 from megatron_moe.plan.units import Kind, Times
-from megatron_moe.plan.update_times import after_pieces, after_pipeline
+from megatron_moe.plan.update_times import after_pieces, after_pipeline, pieces_on, updated_parameters
 from megatron_moe.plan.weights import kind_of_mtp_layers
 from megatron_moe.plan.work import Work
 
-__all__ = ["after_pieces", "after_pipeline", "times", "transfer"]
+__all__ = ["after_pieces", "after_pipeline", "pieces_on", "times", "transfer", "updated_parameters"]
 
 _OPERATIONS: dict[str, int] = {"dense": 50, "moe": 150}
 """That the host launches for the forward pass of a layer: as many as Megatron-Core's layers have, roughly."""

@@ -47,6 +47,11 @@ def after_pipeline(
     backward_s: float = 0.0,
 ) -> tuple[float, float]:
     """`after_pieces` of the stages that one pipeline rank holds."""
+    return after_pieces(experiment, layout, cluster, pieces_on(stages), forward_s, backward_s)
+
+
+def pieces_on(stages: Sequence[Stage]) -> Counter[Kind]:
+    """How many pieces of each kind these stages hold."""
     pieces: Counter[Kind] = Counter()
     for stage in stages:
         pieces["moe"] += len(stage.moe_layers)
@@ -54,7 +59,7 @@ def after_pipeline(
         pieces["embedding"] += stage.has_embedding
         pieces["mtp"] += stage.num_mtp_layers > 0
         pieces["head"] += stage.has_loss
-    return after_pieces(experiment, layout, cluster, pieces, forward_s, backward_s)
+    return pieces
 
 
 def after_pieces(
@@ -88,6 +93,15 @@ def after_pieces(
     update_s = _update_s(experiment, cluster, dense, groups.replicas, size)
     update_s += _update_s(experiment, cluster, expert, groups.expert_replicas, size)
     return reduce_s + gather_s, update_s
+
+
+def updated_parameters(
+    experiment: Experiment, layout: Layout, cluster: Cluster, pieces: Mapping[Kind, float]
+) -> float:
+    """Weights that a rank's share of the optimizer updates."""
+    dense, expert = _held(experiment, layout, pieces)
+    groups = Groups(layout, cluster.gpus_per_node)
+    return dense / groups.replicas.size + expert / groups.expert_replicas.size
 
 
 def _held(experiment: Experiment, layout: Layout, pieces: Mapping[Kind, float]) -> tuple[float, float]:

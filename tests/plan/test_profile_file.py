@@ -55,6 +55,9 @@ def test_forecasts_are_made_of_measured_times(tmp_path):
     assert [rank.forward_s for rank in forecast.ranks] == pytest.approx([0.003, 0.003])
     assert [rank.backward_s for rank in forecast.ranks] == pytest.approx([0.006, 0.006])
     assert "measurements on" in forecast.source
+    # Ten microseconds a parameter; one replica updates all that its stage holds.
+    held = max(cost.parameters_per_rank for cost in plan.make(made).stage_costs)
+    assert forecast.optimizer_s == pytest.approx(held * 1e-5)
     again = in_folder(tmp_path, recompute={"layers_per_stage": [2, 1]})
     backward = [rank.backward_s for rank in plan.make(again).forecast.ranks]
     assert backward == pytest.approx([0.0078, 0.0069])
