@@ -56,8 +56,9 @@ def test_every_row_says_what_the_key_is_and_what_it_is_without_it() -> None:
 
 def test_types_and_defaults_in_the_words_of_yaml() -> None:
     found = tables()
-    assert found["model"]["num_attention_heads"][:2] == ["integer ≥ 1", "**required**"]
-    assert found["model"]["kv_channels"][:2] == ["integer ≥ 1", "hidden_size / num_attention_heads"]
+    assert found["model"]["num_attention_heads"][:2] == ["integer ≥ 1, ≤ 1000000000", "**required**"]
+    assert found["model"]["mtp_num_layers"][:2] == ["integer ≥ 0", "`0`"]
+    assert found["model"]["kv_channels"][1] == "hidden_size / num_attention_heads"
     assert found["optimizer"]["adam_beta1"][:2] == ["number ≥ 0, < 1", "`0.9`"]
     assert found["training"]["precision"][:2] == ["`auto`, `fp32`, `bf16`", "`auto`"]
     assert found["training"]["rampup_batch_size"][0] == "list of integer ≥ 1 (3 entries)"
