@@ -51,14 +51,14 @@ def _print_head(console: Console, experiment: Experiment, found: Serving) -> Non
     request = f"{found.batch:,} x {found.context:,} tokens"
     words = [f"[bold green]It fits[/] with {request}."]
     if not found.fits:
-        where = device if gpus == 1 else f"each {device}"
+        where = f"{'the' if gpus == 1 else 'each'} {device}"
         words = [f"[bold red]It does not fit[/]: {request} need {memory(-min(rooms))} more on {where}."]
     if found.gpus_needed is None:
         words.append(f"No number of these {device}s would do.")
     elif found.gpus_needed != gpus:
         words.append(f"{plural(found.gpus_needed, device)} would do.")
     elif gpus > 1:
-        words.append("Fewer would not do.")
+        words.append(f"Fewer {device}s would not do.")
     console.print(" ".join(words) + "\n")
 
 

@@ -23,7 +23,20 @@ def limits_of(forecast: Forecast, num_microbatches: int) -> tuple[str, ...]:
         *_waits(forecast),
     ]
     sentences += [text for share, text in sorted(parts, reverse=True) if share >= _WORTH_SAYING]
-    return tuple(sentences) or ("Nothing but computation: no wait takes 5 % of an iteration.",)
+    return tuple(sentences) or (_computation(forecast, num_microbatches),)
+
+
+def _computation(forecast: Forecast, num_microbatches: int) -> str:
+    """No part is worth saying; the two of idle time may be it together."""
+    idle = forecast.bubble * forecast.pipeline_s / forecast.iteration_s
+    if idle < _WORTH_SAYING:
+        return "Nothing but computation: no wait takes 5 % of an iteration."
+    ((uneven, _),) = _slowest_rank(forecast, num_microbatches)
+    return (
+        f"Computation most of all. Ranks are idle for {percent(idle)} of an iteration: for "
+        f"{percent(idle - uneven)} while the pipeline fills and drains, for {percent(uneven)} because some "
+        "compute longer than others."
+    )
 
 
 def _memory(forecast: Forecast) -> Iterator[str]:
@@ -73,8 +86,8 @@ def _bubble(forecast: Forecast, num_microbatches: int) -> Iterator[tuple[float, 
     more = "more microbatches, fewer stages or parallel.virtual_pipeline_model_parallel_size"
     yield (
         share,
-        f"Filling and draining the pipeline takes {percent(share)} of an iteration with {num_microbatches} "
-        f"microbatches: {more} would shorten it.",
+        f"Filling and draining the pipeline takes {percent(share)} of an iteration with "
+        f"{num_microbatches:,} microbatch{'es' * (num_microbatches != 1)}: {more} would shorten it.",
     )
 
 

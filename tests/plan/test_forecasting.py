@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from plan_experiments import filled
 
 from megatron_moe.plan.forecast import Forecast
+from megatron_moe.plan.limits import limits_of
 from megatron_moe.plan.plan import Plan, make
 
 BATCH = {"global_batch_size": 64, "micro_batch_size": 2}
@@ -76,6 +78,42 @@ def test_what_does_not_fit_is_said_first() -> None:
     assert forecast.limits[0].startswith("It does not fit: pipeline rank 0 needs ")
     worst = max(-(rank.memory.headroom or math.nan) for rank in forecast.ranks)
     assert f"needs {worst / 2**20:,.0f} MiB more" in forecast.limits[0]
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "slowest", "filling", "says"),
+    [
+        # 10 x (1.06 - 1.03) uneven and 0.4 at the ends, of 11 in all: each is small, together they are not.
+        (
+            10,
+            1.06,
+            0.4,
+            "idle for 6.4 % of an iteration: for 3.6 % while the pipeline fills and drains, for 2.7 %",
+        ),
+        (10, 1.0, 0.2, "Nothing but computation"),
+        (1, 1.0, 0.2, "an iteration with 1 microbatch:"),
+    ],
+)
+def test_idle_time_is_not_called_computation(
+    microbatches: int, slowest: float, filling: float, says: str
+) -> None:
+    _, forecast = planned()
+    times = (1.0, slowest)
+    pipeline = microbatches * slowest + filling
+    ranks = [
+        replace(rank, forward_s=time / 4, backward_s=3 * time / 4, idle_s=pipeline - microbatches * time)
+        for rank, time in zip(forecast.ranks, times, strict=True)
+    ]
+    made = replace(
+        forecast,
+        ranks=tuple(ranks),
+        pipeline_s=pipeline,
+        bubble=sum(rank.idle_s for rank in ranks) / 2 / pipeline,
+        iteration_s=pipeline,
+        **dict.fromkeys(("exposed_all_to_all_s", "gradient_s", "optimizer_s"), 0.0),
+    )
+    (sentence,) = limits_of(made, microbatches)
+    assert says in sentence
 
 
 def test_the_forecast_survives_the_file_of_the_plan() -> None:

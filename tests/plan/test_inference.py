@@ -39,7 +39,7 @@ def test_skywork_moe_in_fp8_takes_146_of_192_gigabytes(capsys: pytest.CaptureFix
 
 def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     text = asked(capsys, "--gpus", "8", "--dtype", "fp8", "launch.cluster.preset=rtx4090")
-    assert "It fits with 1 x 8,192 tokens. Fewer would not do." in text
+    assert "It fits with 1 x 8,192 tokens. Fewer GPUs would not do." in text
     assert "146.4 GB = 136.4 GiB of 192 GiB (8 x 24.0 GiB)" in text
     assert "958.5 KB a token in bf16" in text
     text = asked(capsys, "--gpus", "4", "--dtype", "fp8", "launch.cluster.preset=rtx4090")
