@@ -13,7 +13,7 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.plan import Plan, make
 from megatron_moe.plan.tables import console_of_tables, print_table
-from megatron_moe.plan.wording import number
+from megatron_moe.plan.wording import number, plural
 
 _GIB = 2**30
 _CLOSE = 0.05
@@ -59,6 +59,9 @@ class Comparison:
     idle_ms: tuple[Pair, ...]
     memory_gib: tuple[Pair, ...]
     speed: Pair
+    steps: int
+    detailed_steps: int
+    """Those of them that measured passes, idle time and memory."""
 
     @property
     def columns(self) -> dict[str, tuple[Pair, ...]]:
@@ -115,7 +118,11 @@ def run(loaded: Loaded, folder: Path) -> None:
         f"Speed   {number(speed.foretold)} tokens/s foretold, {number(speed.measured or 0)} measured: "
         f"{_percent(speed.difference)}"
     )
-    console.print(verdict(found), soft_wrap=True)
+    console.print(
+        f"Measured are medians: of {plural(found.detailed_steps, 'step')} for passes, idle time and memory, "
+        f"of {found.steps:,} for the speed."
+    )
+    console.print(verdict(found))
 
 
 def compare(planned: Plan, records: Sequence[dict[str, Any]]) -> Comparison:
@@ -142,6 +149,8 @@ def compare(planned: Plan, records: Sequence[dict[str, Any]]) -> Comparison:
         pairs("waiting", _STAGE[2], "ms", [1000 * rank.idle_s for rank in ranks], 1),
         pairs("memory", _STAGE[3], "GiB", memory, 1),
         Pair("speed", 0, "tokens/s", speed, statistics.median(r["tokens_per_second"] for r in records)),
+        len(records),
+        len(details),
     )
 
 
@@ -151,7 +160,7 @@ def verdict(found: Comparison) -> str:
     memory = [pair for pair in found.memory_gib if pair.difference is not None]
     everything = [*passes, *memory]
     if everything and all(abs(pair.difference or 0) <= _CLOSE for pair in everything):
-        return f"Passes and memory of every pipeline rank are within {_CLOSE:.0%} of the forecast."
+        return f"Passes and memory of every pipeline rank are within {100 * _CLOSE:.0f} % of the forecast."
     parts = []
     if passes:
         parts.append(
@@ -172,7 +181,7 @@ def _said(pair: Pair) -> str:
 
 
 def _percent(part: float | None) -> str:
-    return "-" if part is None else f"{part:+.1%}"
+    return "-" if part is None else f"{100 * part:+.1f} %"
 
 
 def _records(folder: Path, experiment: Experiment) -> list[dict[str, Any]]:

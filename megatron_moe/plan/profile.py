@@ -203,9 +203,10 @@ def check(profile: Profile, path: Path, experiment: Experiment) -> None:
     if profile.on_host and not unlike and (ranks := ranks_at_once(experiment, on_host=True)) != profile.ranks:
         differing.append(f"{profile.ranks} ranks at once (here {ranks})")
     if differing:
+        without = "leave out launch.profile" if experiment.launch.profile else "remove the file"
         raise InputError(
             f"{path}: this profile was measured with {', '.join(differing)}: run `megatron-moe profile` for "
-            f"this experiment, or {'leave out launch.profile' if experiment.launch.profile else 'remove the file'}"
+            f"this experiment, or {without}"
         )
 
 

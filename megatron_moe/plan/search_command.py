@@ -18,7 +18,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.search import Found, Search, search
 from megatron_moe.plan.search_space import OTHER_SPLITS
-from megatron_moe.plan.tables import print_table
+from megatron_moe.plan.tables import console_of_tables, print_table
 from megatron_moe.plan.wording import count, duration, percent, plural
 
 _GIB = 2.0**30
@@ -45,8 +45,7 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
     if as_json:
         sys.stdout.write(json.dumps(_record(found, text), indent=2) + "\n")
         return
-    console = Console(highlight=False)
-    console.width = max(console.width, _LEAST_WIDTH)
+    console = console_of_tables()
     _print_found(console, loaded.experiment.name, found, gpus)
     if overlay is not None:
         console.print(f"The first one is written to {overlay}, which extends {config}.")
@@ -54,7 +53,7 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
         console.print(
             "[bold]The first one as YAML[/], which extends the experiment (--overlay FILE writes it)\n"
         )
-        console.print(text, markup=False)
+        console.print(text, markup=False, soft_wrap=True)
 
 
 def overlay_of(found: Found, original: Experiment) -> str:
@@ -105,8 +104,9 @@ def _recompute(found: Found) -> dict[str, Any]:
 
 def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
     layouts = plural(found.considered, "layout")
+    too_large = f", of which {found.too_large:,} cannot fit" if found.too_large else ""
     console.print(
-        f"[bold]{name} on {plural(gpus, 'GPU')}[/]: {layouts}, of which {found.too_large:,} cannot fit; "
+        f"[bold]{name} on {plural(gpus, 'GPU')}[/]: {layouts}{too_large}; "
         f"{found.placed:,} placed and simulated\n"
     )
     best = found.best
@@ -134,7 +134,7 @@ def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
         if set(columns[title]) == {""}:
             del columns[title]
     print_table(
-        console,
+        Console(highlight=False, width=max(console.width, _LEAST_WIDTH)),
         columns,
         left=["re-\ncomputed", "dispatcher", "what it waits for"],
         folded=["what it waits for"],

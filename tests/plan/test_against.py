@@ -50,8 +50,9 @@ def test_medians_of_measured_steps_stand_beside_the_forecast(made, tmp_path, cap
     assert [pair.measured for pair in found.memory_gib] == [1.0, 1.0]
     assert found.speed.measured == 1000.0
     against.run(SimpleNamespace(experiment=made), folder)
-    printed = capsys.readouterr().out
-    assert "+0.0%" in printed and "1,000 measured" in printed
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "+0.0 %" in printed and "1,000 measured" in printed
+    assert "medians: of 4 steps" in printed and "of 5 for the speed" in printed
 
 
 def test_the_sentence_names_what_costs_most(made):
@@ -60,15 +61,15 @@ def test_the_sentence_names_what_costs_most(made):
     backward = [1000 * rank.backward_s for rank in planned.forecast.ranks]
     memory = [(rank.memory.total - rank.memory.reserved) / 2**30 for rank in planned.forecast.ranks]
     near = against.compare(planned, [record(2, forward, backward, memory=memory)])
-    assert "within 5%" in against.verdict(near)
+    assert "within 5 %" in against.verdict(near)
     late = [backward[0], 2 * backward[1]]
     sentence = against.verdict(against.compare(planned, [record(2, forward, late, memory=memory)]))
-    assert "the backward pass of pipeline rank 1" in sentence and "(-50.0%)" in sentence
+    assert "the backward pass of pipeline rank 1" in sentence and "(-50.0 %)" in sentence
     assert "memory" not in sentence
     full = [memory[0] / 2, memory[1]]
     sentence = against.verdict(against.compare(planned, [record(2, forward, late, memory=full)]))
     assert "the backward pass of pipeline rank 1" in sentence
-    assert "memory of pipeline rank 0" in sentence and "(+100.0%)" in sentence
+    assert "memory of pipeline rank 0" in sentence and "(+100.0 %)" in sentence
 
 
 def test_what_a_run_did_not_measure_is_left_open(made, tmp_path, capsys):
