@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.moe import MoE
+from megatron_moe.plan.precision import element_size
 
 Name = Literal["alltoall", "allgather", "deduplicated"]
 
@@ -111,7 +112,7 @@ def taken(moe: MoE, hidden_size: int, element_size: int, ranks: Ranks) -> str:
 
 
 def choice(experiment: Experiment) -> Choice:
-    """What a filled experiment with experts takes. Precision `auto` is counted as bf16."""
+    """What a filled experiment with experts takes."""
     parallel, moe = experiment.parallel, experiment.moe
     assert moe is not None
     assert parallel.expert_model_parallel_size is not None
@@ -119,7 +120,7 @@ def choice(experiment: Experiment) -> Choice:
     ranks = Ranks(
         parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size, moe.moe_ranks_per_node
     )
-    sizes = experiment.model.hidden_size, 4 if experiment.training.precision == "fp32" else 2
+    sizes = experiment.model.hidden_size, element_size(experiment)
     return Choice(taken(moe, *sizes, ranks), sizes[1], tuple(journeys(moe, *sizes, ranks)))
 
 

@@ -129,9 +129,15 @@ def test_the_plan_says_where_experts_lie(
     assert json.loads(plan.make(experiment).to_json())["tokens_leave_replica"] is leaves
 
 
-def test_the_plan_shows_the_taken_dispatcher_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("preset", "element_size"), [("h100", 2), ("this-machine", 4)])
+def test_the_plan_shows_the_taken_dispatcher_beside_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, preset: str, element_size: int
+) -> None:
+    monkeypatch.setattr("megatron_moe.config.clusters.this_machine.gpus", lambda: ())
     experiment = filled(
-        parallel=parallel(tp=4, ep=4), moe={"moe_router_topk": 4, "moe_token_dispatcher_type": "auto"}
+        parallel=parallel(tp=4, ep=4),
+        moe={"moe_router_topk": 4, "moe_token_dispatcher_type": "auto"},
+        launch={"cluster": {"preset": preset}},
     )
     command.run(SimpleNamespace(experiment=experiment), gpus=None, as_json=False)
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.split()}
@@ -141,7 +147,7 @@ def test_the_plan_shows_the_taken_dispatcher_beside_the_others(capsys: pytest.Ca
     assert record["dispatcher"] == "deduplicated"
     # 4 experts a token, 3 of 4 ranks are others, 64 elements, there and back.
     assert by_name["alltoall"]["elements"] == 4 * 3 / 4 * 64 * 2
-    assert by_name["alltoall"]["bytes"] == 2 * by_name["alltoall"]["elements"] + 4 * 3 / 4 * 4
+    assert by_name["alltoall"]["bytes"] == element_size * by_name["alltoall"]["elements"] + 4 * 3 / 4 * 4
 
 
 def test_a_plan_read_again_is_the_same() -> None:
