@@ -68,7 +68,9 @@ def _print_sizes(console: Console, experiment: Experiment, found: Serving) -> No
     whole = "" if each is None else f" of {memory(gpus * each)}" + f" ({gpus} x {memory(each)})" * (gpus > 1)
     copied = gpus > 1 and experiment.model.multi_latent_attention
     copies = ", narrow projections on each rank" if copied else ""
-    console.print(f"Weights   {size(found.weights_bytes)} = {number(found.weights_bytes)} {unit}{whole}{copies}")
+    console.print(
+        f"Weights   {size(found.weights_bytes)} = {number(found.weights_bytes)} {unit}{whole}{copies}"
+    )
     console.print(
         f"KV cache  {size(found.cache_bytes_per_token)} a token in bf16: {_cached(experiment, found)}"
     )
