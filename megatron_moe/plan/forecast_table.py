@@ -11,6 +11,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.plan import devices
 from megatron_moe.plan.costs import FORMULA
 from megatron_moe.plan.plan import Plan
+from megatron_moe.plan.profile import not_taken
 from megatron_moe.plan.tables import print_table
 from megatron_moe.plan.wording import SECONDS, count, duration, flops, in_one_unit, number, percent, plural
 
@@ -20,6 +21,8 @@ _ALWAYS_SHOWN = ("pipeline", "iteration")
 def print_forecast(console: Console, experiment: Experiment, plan: Plan) -> None:
     """The prediction for the run."""
     console.print(f"[bold]Forecast[/], times from {escape(plan.forecast.source)}")
+    if passed_over := not_taken(experiment):
+        console.print(passed_over, markup=False)
     _print_iteration(console, plan)
     _print_speed(console, experiment, plan)
     console.print("[bold]What limits it[/]")

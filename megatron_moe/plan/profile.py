@@ -168,17 +168,34 @@ def read(path: Path) -> Profile:
 
 def profile_of(experiment: Experiment) -> Profile | None:
     """The profile that the planner takes for a filled experiment: `launch.profile`, else the one in its run
-    folder, if any.
+    folder, if there is one and it holds for the experiment: the same name may be tried in another layout.
 
-    Raises InputError where it is about another model or device.
+    Raises InputError where `launch.profile` is about another model or device.
     """
     given = experiment.launch.profile
-    path = Path(given) if given is not None else path_of(experiment)
-    if given is None and not path.exists():
+    if given is not None:
+        found = read(Path(given))
+        check(found, Path(given), experiment)
+        return found
+    path = path_of(experiment)
+    if not path.exists():
         return None
     found = read(path)
-    check(found, path, experiment)
-    return found
+    return None if differences(found, experiment) else found
+
+
+def not_taken(experiment: Experiment) -> str | None:
+    """Why the profile in the run folder is not taken, in a sentence; None where none is passed over."""
+    path = path_of(experiment)
+    if experiment.launch.profile is not None or not path.exists():
+        return None
+    unlike = differences(read(path), experiment)
+    if not unlike:
+        return None
+    return (
+        f"{path} is not taken, it was measured with {', '.join(unlike)}: run `megatron-moe profile` for this "
+        "experiment."
+    )
 
 
 def path_of(experiment: Experiment) -> Path:
@@ -188,6 +205,17 @@ def path_of(experiment: Experiment) -> Path:
 
 def check(profile: Profile, path: Path, experiment: Experiment) -> None:
     """Raise InputError, one line, where the profile is about another model, layout or device."""
+    unlike = differences(profile, experiment)
+    if unlike:
+        raise InputError(
+            f"{path}: this profile was measured with {', '.join(unlike)}: run `megatron-moe profile` for "
+            "this experiment, or leave out launch.profile"
+        )
+
+
+def differences(profile: Profile, experiment: Experiment) -> list[str]:
+    """In what the profile is about another model, layout or device, in words: `training.seq_length 32
+    (here 64)`; none where it holds for the experiment."""
     mine = settings_of(experiment)
     keys = [key for key in {**profile.settings, **mine} if profile.settings.get(key) != mine.get(key)]
     differing = [
@@ -202,12 +230,7 @@ def check(profile: Profile, path: Path, experiment: Experiment) -> None:
         differing.append(f"the device {profile.device} (here {unlike})")
     if profile.on_host and not unlike and (ranks := ranks_at_once(experiment, on_host=True)) != profile.ranks:
         differing.append(f"{profile.ranks} ranks at once (here {ranks})")
-    if differing:
-        without = "leave out launch.profile" if experiment.launch.profile else "remove the file"
-        raise InputError(
-            f"{path}: this profile was measured with {', '.join(differing)}: run `megatron-moe profile` for "
-            f"this experiment, or {without}"
-        )
+    return differing
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:

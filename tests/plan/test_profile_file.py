@@ -79,13 +79,25 @@ def test_no_profile_is_no_mistake(tmp_path):
     ],
 )
 def test_a_profile_of_something_else_is_refused_in_one_line(tmp_path, more, words):
-    profiled(in_folder(tmp_path)).write(tmp_path / "tiny" / "profile.json")
+    other = tmp_path / "other.json"
+    profiled(in_folder(tmp_path)).write(other)
+    launch = more.get("launch", {}) | {"profile": str(other)}
     with pytest.raises(InputError) as error:
-        profile.profile_of(in_folder(tmp_path, **more))
+        profile.profile_of(in_folder(tmp_path, **(more | {"launch": launch})))
     (line,) = error.value.problems
     assert words in line and "\n" not in line
-    assert line.startswith(str(tmp_path / "tiny" / "profile.json"))
-    assert "run `megatron-moe profile` for this experiment, or remove the file" in line
+    assert line.startswith(str(other))
+    assert "run `megatron-moe profile` for this experiment, or leave out launch.profile" in line
+
+
+def test_a_profile_in_the_run_folder_stops_no_other_layout(tmp_path):
+    made, other = in_folder(tmp_path), in_folder(tmp_path, parallel=layout(pp=4))
+    profiled(made).write(profile.path_of(made))
+    assert profile.not_taken(made) is None
+    assert profile.profile_of(other) is None
+    assert plan.make(other).forecast == plan.make(other, profiled=False).forecast
+    said = profile.not_taken(other)
+    assert said is not None and "2 ranks at once (here 4)" in said
 
 
 def test_depth_replicas_and_losses_change_no_piece(tmp_path):
@@ -101,9 +113,10 @@ def test_depth_replicas_and_losses_change_no_piece(tmp_path):
 def test_missing_pieces_and_other_devices_are_named(tmp_path):
     made = in_folder(tmp_path)
     dense_first = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48, "moe_first_k_dense_layers": 1}
-    profiled(made).write(tmp_path / "tiny" / "profile.json")
+    profiled(made).write(tmp_path / "other.json")
+    of_other = {"profile": str(tmp_path / "other.json")}
     with pytest.raises(InputError, match="no piece of the kind `dense`"):
-        profile.profile_of(in_folder(tmp_path, moe=dense_first))
+        profile.profile_of(in_folder(tmp_path, moe=dense_first, launch=of_other))
     profiled(made, device="NVIDIA H800").write(tmp_path / "other.json")
     with pytest.raises(InputError, match=r"NVIDIA H800 \(here .*\).*or leave out launch.profile"):
         profile.profile_of(in_folder(tmp_path, launch={"profile": str(tmp_path / "other.json")}))

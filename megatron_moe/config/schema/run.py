@@ -123,7 +123,7 @@ class Launch(Section):
     cluster: Cluster = Field(default_factory=Cluster)
     profile: InputPath | None = None
     """Times and activation bytes that `megatron-moe profile` measured, for the planner. Default:
-    `profile.json` in the run folder, if it is there."""
+    `profile.json` in the run folder, if it is there and holds for the layout."""
     expert_imbalance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.1
     """Load of the fullest expert rank over the mean that the planner counts with, where nothing is dropped.
     1: even."""
