@@ -38,7 +38,9 @@ def test_every_value_says_where_it_came_from(tmp_path: Path) -> None:
 
 def test_a_derived_value_names_what_it_follows_from(tmp_path: Path) -> None:
     found = comments(loaded(tmp_path, MOE, "optimizer.lr_warmup_fraction=0.5"))
-    assert found["model.kv_channels"] == "derived from multi_latent_attention, hidden_size, num_attention_heads"
+    assert (
+        found["model.kv_channels"] == "derived from multi_latent_attention, hidden_size, num_attention_heads"
+    )
     assert found["model.max_position_embeddings"] == "derived from training.seq_length"
     assert found["moe.moe_ffn_hidden_size"] == "derived from model.ffn_hidden_size"
     assert found["optimizer.lr_warmup_iters"] == "derived from lr_decay_iters, lr_warmup_fraction"
