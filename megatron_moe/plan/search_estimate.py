@@ -111,8 +111,8 @@ class Estimates:
         return Estimate(self._iteration_s(candidate, high), 0.0, candidate)
 
     def _model(self, candidate: Candidate) -> _Model:
-        # How many chunks the stages are cut into changes no piece.
-        key = replace(candidate, chunks=1)
+        # Into how many chunks stages are cut changes no piece, but for whether batches may overlap.
+        key = replace(candidate, chunks=min(candidate.chunks, 2))
         if key not in self._models:
             self._models[key] = self._summed(key)
         return self._models[key]
