@@ -26,6 +26,7 @@ from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.search_estimate import Estimate, Estimates
 from megatron_moe.plan.search_space import Candidate, candidates, with_candidate
 from megatron_moe.plan.stages import stages_of
+from megatron_moe.plan.wording import memory, plural
 
 SHOWN = 10
 _PLACED_AT_MOST = 48
@@ -174,8 +175,13 @@ def _placed(experiment: Experiment, candidate: Candidate, prove: bool) -> Found 
 def _nothing_fits(nearest: Estimate, gpus: int, cluster: Cluster) -> str:
     c = nearest.candidate
     assert cluster.memory_bytes is not None
+    lacks = nearest.lacking_bytes
+    # Pieces spread evenly over the ranks may fit where whole layers do not.
+    needs = (
+        f"needs {memory(lacks)} more on each" if lacks > 0 else "has too little for whole layers on a rank"
+    )
     return (
-        f"launch.cluster.memory_gib = {cluster.memory_bytes / 2**30:g}: no layout of {gpus} GPUs fits; the "
-        f"nearest, TP {c.tensor} PP {c.pipeline} CP {c.context} EP {c.expert}, all layers computed again, "
-        f"needs {nearest.lacking_bytes / 2**30:.1f} GiB more on each; use more GPUs, or larger ones"
+        f"launch.cluster.memory_gib = {cluster.memory_bytes / 2**30:g}: no layout of {plural(gpus, 'GPU')} "
+        f"fits; the nearest, TP {c.tensor} PP {c.pipeline} CP {c.context} EP {c.expert}, all layers computed "
+        f"again, {needs}; use more GPUs, or larger ones"
     )

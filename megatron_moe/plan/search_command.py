@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megatron_moe.config.errors import not_written
+from megatron_moe.config.errors import InputError, not_written
 from megatron_moe.config.loading import Loaded
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs import FORMULA
@@ -35,6 +34,8 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
 
     Raises InputError.
     """
+    if overlay is not None and overlay.resolve() == config.resolve():
+        raise InputError(f"--overlay {overlay} is the experiment that it would extend: name another file")
     found = search(loaded.experiment, gpus)
     text = overlay_of(found.best[0], loaded.experiment)
     if overlay is not None:
@@ -60,7 +61,7 @@ def overlay_of(found: Found, original: Experiment) -> str:
     """The keys that make the original experiment run in that layout, as YAML."""
     experiment = found.experiment
     parallel = experiment.parallel.model_dump(include=_PARALLEL)
-    sections: dict[str, Mapping[str, Any]] = {
+    sections: dict[str, dict[str, Any]] = {
         "parallel": parallel,
         "pipeline": {
             "layers_per_stage": experiment.pipeline.layers_per_stage,
@@ -69,8 +70,11 @@ def overlay_of(found: Found, original: Experiment) -> str:
         "recompute": _recompute(found),
         "training": {"micro_batch_size": experiment.training.micro_batch_size},
     }
-    if found.dispatcher is not None:
+    if experiment.moe is not None and original.moe is not None:
         sections["moe"] = {"moe_token_dispatcher_type": found.dispatcher}
+        for key in ("overlap_moe_expert_parallel_comm", "moe_permute_fusion"):
+            if getattr(original.moe, key):
+                sections["moe"][key] = getattr(experiment.moe, key)
     lines = []
     for name, keys in sections.items():
         lines.append(f"{name}:")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.schema.moe import MoE
 from megatron_moe.plan.costs import padded_vocab_size
 
 _MOST_MICRO_BATCH = 8
@@ -100,10 +101,27 @@ def with_candidate(experiment: Experiment, candidate: Candidate) -> Experiment:
         "training": experiment.training.model_copy(update={"micro_batch_size": candidate.micro_batch_size}),
     }
     if experiment.moe is not None:
-        update["moe"] = experiment.moe.model_copy(
-            update={"moe_token_dispatcher_type": "auto", "moe_ranks_per_node": None}
-        )
+        update["moe"] = experiment.moe.model_copy(update=_exchange(experiment.moe, candidate))
     return experiment.model_copy(update=update)
+
+
+def _exchange(moe: MoE, candidate: Candidate) -> dict[str, object]:
+    """How tokens travel: as is best, or where the experiment asks for more than that, as it says."""
+    is_overlapped = (
+        moe.overlap_moe_expert_parallel_comm
+        and candidate.expert > 1
+        and candidate.recompute != "auto"
+        and (candidate.pipeline == 1 or candidate.chunks > 1)
+    )
+    is_ours = moe.moe_overlap_degree > 1 or moe.moe_shadowing is not None
+    return {
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type if is_overlapped or is_ours else "auto",
+        "moe_ranks_per_node": None,
+        "overlap_moe_expert_parallel_comm": is_overlapped,
+        # The fused sorting of such a recipe has no effect without.
+        "moe_permute_fusion": moe.moe_permute_fusion
+        and is_overlapped == moe.overlap_moe_expert_parallel_comm,
+    }
 
 
 def _modules(experiment: Experiment) -> list[str]:

@@ -12,6 +12,7 @@ from plan_experiments import filled
 from megatron_moe import cli
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import load
+from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.auto import placed
 from megatron_moe.plan.plan import make
@@ -102,9 +103,26 @@ def test_the_overlay_runs_what_was_found(tmp_path: Path, capsys: pytest.CaptureF
     assert "…" not in table and "searched on 8 GPUs" in table and "The first one is written to" in table
 
 
+def test_microbatches_are_merged_where_the_layout_allows_it(tmp_path: Path) -> None:
+    """An experiment that overlaps its experts' exchange is searched with it and without."""
+    config, overlay = tmp_path / "searched.yaml", tmp_path / "best.yaml"
+    merged = "overlap_moe_expert_parallel_comm: true, moe_permute_fusion: true"
+    own = f"moe_ffn_hidden_size: 4096, moe_token_dispatcher_type: alltoall, {merged}"
+    ranks = "parallel: {expert_model_parallel_size: 2}\n"
+    config.write_text(CONFIG.replace("moe_ffn_hidden_size: 4096", own) + ranks)
+    assert cli.main(["plan", str(config), "--search", "--gpus", "8", "--overlay", str(overlay)]) == 0
+    assert make(load(overlay).experiment).layout.world_size == 8
+    experiment = load(config).experiment
+    allowed = [with_candidate(experiment, one) for one in candidates(experiment, 8, 8)]
+    with_it = [one for one in allowed if one.moe and one.moe.overlap_moe_expert_parallel_comm]
+    assert with_it and len(with_it) < len(allowed)
+    assert not any(violations(one) for one in with_it)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--search", "--gpus", "8", "--overlay", "{folder}/searched.yaml"], "name another file"),
         (["--search"], "--search needs --gpus"),
         (["--memory", "40"], "--memory goes with --search only"),
         (["--search", "--gpus", "37"], "no layout of 37 ranks"),
