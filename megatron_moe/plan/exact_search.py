@@ -39,8 +39,8 @@ def fastest(candidates: Candidates, known: Layers) -> tuple[Layers, float]:
     import numpy as np
 
     shortest = float(candidates.makespans([known])[0])
-    # A rank runs all its passes one after the other, so that none may take more than its part.
-    options = options_of(candidates, shortest / candidates.num_microbatches)
+    # A rank runs all its passes one after the other, so that no part is longer, but for rounding.
+    options = options_of(candidates, shortest / candidates.num_microbatches * (1 + TIE))
     rests = rests_of(
         options,
         candidates.num_microbatches,
@@ -89,7 +89,7 @@ def fastest(candidates: Candidates, known: Layers) -> tuple[Layers, float]:
 def _cycles(candidates: Candidates, options: list[StageOptions], shortest: float) -> Seconds:
     """Cycle times up to that which the known makespan leaves room for."""
     least = min(float(table.both_s.min()) for table in options if len(table.first))
-    return cycles_between(options, least, shortest / candidates.num_microbatches)
+    return cycles_between(options, least, shortest / candidates.num_microbatches * (1 + TIE))
 
 
 def _subset(here: _Open, which: Numbers) -> _Open:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import comb
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.plan.candidates import Candidates, Layers
@@ -11,6 +12,9 @@ from megatron_moe.plan.wording import memory, plural
 
 _TIMES = (2, 3, 4, 6, 8)
 """By which PP is raised to see whether the model fits then."""
+_TRIED = 2_000
+"""So many placements of an interleaved schedule are tried one by one where small changes lead to none that
+fits."""
 
 
 class NothingFits(InputError):
@@ -43,8 +47,28 @@ def fitting(candidates: Candidates) -> Layers:
     if fits:
         return min(fits, key=lambda layers: float(candidates.estimates([layers])[0]))
     if candidates.chunks > 1:
+        if _number(candidates) <= _TRIED:
+            found = list(_all_of(candidates, ()))
         return min(found, key=lambda layers: max(candidates.missing(layers)))
     return _least_on_fullest(candidates)
+
+
+def _number(candidates: Candidates) -> int:
+    """Of all placements."""
+    last = candidates.num_stages - 1
+    free = candidates.num_layers - sum(map(candidates.least_of, range(last)))
+    return comb(free + last, last)
+
+
+def _all_of(candidates: Candidates, placed: Layers) -> Iterator[Layers]:
+    """Every placement that begins so."""
+    stage, left = len(placed), candidates.num_layers - sum(placed)
+    if stage == candidates.num_stages - 1:
+        yield (*placed, left)
+        return
+    behind = sum(map(candidates.least_of, range(stage + 1, candidates.num_stages)))
+    for count in range(candidates.least_of(stage), left - behind + 1):
+        yield from _all_of(candidates, (*placed, count))
 
 
 def _least_on_fullest(candidates: Candidates) -> Layers:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from megatron_moe.plan.candidates import TIE, Candidates, Layers
 
+_EFFORT = 500_000
+"""Stages of placements to look at before `improve` is content: some seconds."""
+
 
 def least_missing(candidates: Candidates, start: Layers) -> Layers:
     """A placement that fits, or one to whose neighbours ranks lack as many bytes together or more."""
@@ -19,7 +22,8 @@ def least_missing(candidates: Candidates, start: Layers) -> Layers:
 
 
 def improve(candidates: Candidates, start: Layers) -> Layers:
-    """From a placement that fits to one none of whose neighbours is better.
+    """From a placement that fits to one none of whose neighbours is better, or among very many stages to one
+    that is near it.
 
     Better is faster, or as fast and with less recomputation, or with as much of it and more even.
     """
@@ -28,7 +32,7 @@ def improve(candidates: Candidates, start: Layers) -> Layers:
         return span, candidates.recompute_s(layers), sum(count * count for count in layers)
 
     best, value = start, rank(start, float(candidates.estimates([start])[0]))
-    while True:
+    for _ in range(1 + _EFFORT // candidates.num_stages**3):
         others = [
             other
             for other in candidates.neighbours(best)
@@ -46,6 +50,7 @@ def improve(candidates: Candidates, start: Layers) -> Layers:
         if not _is_less(found[0], value):
             return best
         value, best = found
+    return best
 
 
 def _is_less(one: tuple[float, float, int], other: tuple[float, float, int]) -> bool:

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from megatron_moe.plan.candidates import Candidates, Layers
 from megatron_moe.plan.exact_search import fastest
 from megatron_moe.plan.fitting import NothingFits, fitting, nothing_fits
+from megatron_moe.plan.interleaved_bounds import LoadBounds
 from megatron_moe.plan.interleaved_search import fastest_interleaved
 from megatron_moe.plan.local_search import improve
 from megatron_moe.plan.rank_choices import RankChoices
 from megatron_moe.plan.units import Units
 
 __all__ = ["NothingFits", "Placement", "place"]
+
+_PROVABLE = 500
+"""Layers up to which a proof is tried: the table of a stage's options has the square of that."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,23 @@ def place(
 
 def _fastest(candidates: Candidates, start: Layers) -> tuple[Layers, float]:
     near = improve(candidates, start)
+    if candidates.num_layers > _PROVABLE:
+        return near, _least_s(candidates)
     search = fastest if candidates.chunks == 1 else fastest_interleaved
     best, bound = search(candidates, near)
     # Of equally fast ones the search takes whichever it meets first.
     return (best if best == near else improve(candidates, best)), bound
+
+
+def _least_s(candidates: Candidates) -> float:
+    """A bound of the makespan without a search."""
+    bounds = LoadBounds(candidates)
+    loads, count = bounds.empty_loads(), candidates.num_microbatches
+    mean = bounds.of_all((), loads)
+    if candidates.chunks > 1:
+        return mean
+    # Each rank runs all its passes behind the first microbatch's forwards before it, and before the last
+    # one's backwards there: up to rank r there are S(r) <= makespan / count + (1 - 1 / count) S(r - 1)
+    # seconds.
+    whole = sum(loads) + bounds.layers_s(0, candidates.num_layers)
+    return max(mean, float(whole / (1 - (1 - 1 / count) ** candidates.pipeline_size)))

@@ -10,6 +10,9 @@ from megatron_moe.plan.schedules.orders import ScheduleName
 from megatron_moe.plan.stage_units import StageCost, stage_cost
 from megatron_moe.plan.units import Units
 
+_BEHIND_MTP = 2.0**60
+"""Bytes that a layer behind multi-token prediction is said to lack: none can be there."""
+
 
 @dataclass(frozen=True)
 class RankChoice:
@@ -53,7 +56,6 @@ class RankChoices:
         self.fixed_recompute = fixed_recompute
         self._memory_bytes = memory_bytes
         self._method = method
-        self._given_mtp_stage = mtp_stage
         self._mtp_stage = self.num_stages - 1 if mtp_stage is None else mtp_stage
         schedule: ScheduleName = "1f1b" if chunks == 1 else "interleaved"
         self._in_flight = [
@@ -96,7 +98,8 @@ class RankChoices:
             memory_bytes=self._memory_bytes,
             fixed_recompute=fixed_recompute,
             method=self._method,
-            mtp_stage=self._given_mtp_stage,
+            # From the end: it is the last stage or the one before it.
+            mtp_stage=self._mtp_stage - self.num_stages + pipeline_size * self.chunks,
         )
 
     def _find(self, rank: int, held: Sequence[range]) -> RankChoice:
@@ -116,14 +119,17 @@ class RankChoices:
         costs = tuple(
             self._cost(chunk * self.pipeline_size + rank, layers, count) for chunk, layers in enumerate(held)
         )
+        astray = 0
+        if self.units.mtp is not None and rank > self._mtp_stage % self.pipeline_size:
+            astray = len(held[-1])
         if self._memory_bytes is None:
-            return RankChoice(count, costs, 0.0)
+            return RankChoice(count, costs, astray * _BEHIND_MTP)
         kept = max(
             sum(number * cost.kept_bytes for number, cost in zip(moment, costs, strict=True))
             for moment in self._in_flight[rank]
         )
         needed = sum(cost.memory.total for cost in costs) + kept + max(cost.working_bytes for cost in costs)
-        return RankChoice(count, costs, max(0.0, needed - self._memory_bytes))
+        return RankChoice(count, costs, max(0.0, needed - self._memory_bytes) + astray * _BEHIND_MTP)
 
     def _cost(self, stage: int, layers: range, count: int) -> StageCost:
         ends = (stage == 0, stage == self.num_stages - 1, stage == self._mtp_stage)

@@ -126,7 +126,9 @@ def _compositions(request: Request, stage: int = 0, left: int | None = None) -> 
     left = len(request.units.layers) if left is None else left
     last = request.pipeline_size * request.chunks - 1
     if stage == last:
-        yield (left,)
+        is_behind_mtp = request.units.mtp is not None and request.mtp_stage == last - 1
+        if not left or not is_behind_mtp:
+            yield (left,)
         return
     for count in range(0 if stage == 0 else 1, left + 1):
         for others in _compositions(request, stage + 1, left - count):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from placed_units import Request, all_placements, model, models
+from placed_units import Request, all_placements, model, models, unit
 
 from megatron_moe.plan.candidates import Candidates
 from megatron_moe.plan.placement import NothingFits, Placement, place
@@ -39,7 +39,7 @@ def requests(draw: st.DrawFn, chunks: int) -> Request:
         None,
         draw(st.none() | st.just((0,) * pipeline_size)),
         draw(st.sampled_from(["block", "uniform"])),
-        draw(st.none() | st.integers(0, stages - 1)),
+        draw(st.none() | st.integers(max(0, stages - 2), stages - 1)),
     )
 
 
@@ -82,6 +82,7 @@ def test_of_fixed_layers_only_the_recomputation_is_placed(request: Request, data
         left = len(request.units.layers) - sum(layers)
         is_last = stage == request.pipeline_size - 1
         layers.append(left if is_last else data.draw(st.integers(0, left)))
+    request = replace(request, mtp_stage=request.pipeline_size - 1)
     assert_is_fastest(replace(request, fixed_layers=tuple(layers), fixed_recompute=None))
 
 
@@ -215,3 +216,45 @@ def test_a_placement_is_the_same_each_time() -> None:
     """Ties are broken alike: more even, less recomputation."""
     request = request_of(52, 16, 64, transfer_s=0.02)
     assert asdict(placed(request)) == asdict(placed(request))
+
+
+@pytest.mark.parametrize("layers", [1_000, 10_000])
+def test_very_many_layers_are_placed_without_a_proof(layers: int) -> None:
+    """64 stages: about an even split, and a bound below it, instead of a search without end."""
+    found = placed(request_of(layers, 64, 64))
+    assert sum(found.layers_per_stage) == layers
+    assert max(found.layers_per_stage) - min(found.layers_per_stage) <= 3
+    assert 0 < found.bound_s <= found.makespan_s and found.gap < 0.25
+
+
+def test_the_bound_without_a_search_is_below_the_fastest() -> None:
+    """Of every number of microbatches and stages."""
+    for stages, microbatches in [(2, 1), (2, 9), (5, 1), (5, 3), (5, 64)]:
+        request = request_of(24, stages, microbatches, transfer_s=0.02)
+        with pytest.MonkeyPatch.context() as changed:
+            changed.setattr("megatron_moe.plan.placement._PROVABLE", 0)
+            bound = placed(request).bound_s
+        assert 0 < bound <= placed(request).makespan_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 30.0])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_no_layer_is_behind_multi_token_prediction(chunks: int, memory_bytes: float | None) -> None:
+    """On the stage before the loss it stands behind all layers, which then end there."""
+    request = request_of(12, 3, 6, chunks=chunks, memory_bytes=memory_bytes, mtp_stage=3 * chunks - 2)
+    units = replace(request.units, mtp=unit("mtp", 1.2))
+    found = placed(replace(request, units=units))
+    assert found.layers_per_stage[-1] == 0
+    assert sum(found.layers_per_stage) == 12
+
+
+def test_one_layer_on_two_stages_is_placed_whatever_rounding_does() -> None:
+    """The makespan by microbatches is a hair below what the only layer takes five times."""
+    request = request_of(1, 2, 5)
+    units = replace(
+        request.units,
+        embedding=unit("embedding", 0.3),
+        layers=(unit("dense", 0.3, 0.6),),
+        head=unit("head", 0.3, 0.3),
+    )
+    assert sum(placed(replace(request, units=units)).layers_per_stage) == 1
