@@ -57,9 +57,12 @@ def test_what_is_filled_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("memory_gib=0", "must be a number above 0"),
-        ("peak_tflops=-1", "must be a number above 0"),
-        ("intra_node_latency_us=-1", "must be a number of at least 0"),
+        ("memory_gib=0", "must be a number from 1e-06 to 1e+09"),
+        ("peak_tflops=-1", "must be a number from 1e-06 to 1e+09"),
+        ("peak_tflops=1e300", "must be a number from 1e-06 to 1e+09"),
+        ("intra_node_latency_us=-1", "must be a number from 0 to 1e+09"),
+        ("network_fraction=1e-300", "must be a number from 1e-06 to 1"),
+        ("matrix_padding=1e300", "must be a whole number from 0 to 100000"),
         ("achievable_fraction=1.5", "must be"),
         ("gpus_per_node=0", "must be"),
         ("preset=a1000", "a100"),

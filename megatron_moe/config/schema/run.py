@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_moe.config.schema.section import (
+    Amount,
     InputPath,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     RankCount,
+    Rate,
     Section,
+    Share,
 )
 
 
@@ -71,46 +71,46 @@ class Cluster(Section):
     gpus_per_node: RankCount | None = None
     """Ranks of a node, which the fast links join. Default: the preset's; on a machine without GPU all
     ranks."""
-    memory_gib: PositiveFloat | None = None
+    memory_gib: Rate | None = None
     """Memory of a GPU, in GiB; on a machine without, of a rank: its share of the memory that there is.
     Default: the preset's, none where the machine does not tell."""
-    reserved_gib: NonNegativeFloat | None = None
+    reserved_gib: Amount | None = None
     """What of it is not to be planned with, in GiB: context, communication buffers, fragmentation. Default:
     the preset's; on a machine without GPU what a process takes by itself, or 0 beside memory_gib."""
-    peak_tflops: PositiveFloat | None = None
+    peak_tflops: Rate | None = None
     """Dense peak of the matrix units in the precision of training, in TFLOP/s. Default: the preset's in
     training.precision (`auto`: bf16 on a GPU, else fp32) and training.fp8."""
-    peak_fp32_tflops: PositiveFloat | None = None
+    peak_fp32_tflops: Rate | None = None
     """Peak in float32, in which routers compute whatever training.precision is. Default: the preset's."""
-    achievable_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    achievable_fraction: Share | None = None
     """Part of the peak that large matrix products reach. Default: the preset's."""
-    attention_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    attention_fraction: Share | None = None
     """Part of the peak in 16 bits (under FP8 half of peak_tflops) that attention scores reach. Default: the
     preset's."""
-    matrix_padding: NonNegativeInt | None = None
+    matrix_padding: Annotated[int, Field(ge=0, le=100_000)] | None = None
     """Each of the three sizes of a matrix product costs as if it were so many larger: what small products
     lose. Default: the preset's."""
-    memory_bandwidth_gb_s: PositiveFloat | None = None
+    memory_bandwidth_gb_s: Rate | None = None
     """Of a GPU's memory, in GB/s. Default: the preset's."""
-    memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    memory_fraction: Share | None = None
     """Part of it that norms, activations and the like reach. Default: the preset's."""
-    kernel_us: NonNegativeFloat | None = None
+    kernel_us: Amount | None = None
     """What a kernel takes beside its work, in microseconds. Default: the preset's."""
-    host_us: NonNegativeFloat | None = None
+    host_us: Amount | None = None
     """What the host takes to launch an operation, in microseconds: a layer takes at least that for all of its
     own. Default: the preset's."""
-    intra_node_gb_s: PositiveFloat | None = None
+    intra_node_gb_s: Rate | None = None
     """From a GPU to the others of its node, one direction, in GB/s. Default: the preset's."""
-    intra_node_latency_us: NonNegativeFloat | None = None
+    intra_node_latency_us: Amount | None = None
     """Of a message within a node, in microseconds. Default: the preset's."""
-    inter_node_gb_s: PositiveFloat | None = None
+    inter_node_gb_s: Rate | None = None
     """From a GPU to other nodes, one direction, in GB/s: the node's links divided by its GPUs. Default: the
     preset's."""
-    inter_node_latency_us: NonNegativeFloat | None = None
+    inter_node_latency_us: Amount | None = None
     """Of a message between nodes, in microseconds. Default: the preset's."""
-    network_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    network_fraction: Share | None = None
     """Part of the links' bandwidth that collectives reach. Default: the preset's."""
-    all_to_all_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    all_to_all_fraction: Share | None = None
     """Part of it that the experts' all-to-all reaches. Default: the preset's."""
     overlap_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
     """Part of the time of communication under computation that is saved; the rest it takes from computation.

@@ -18,6 +18,11 @@ Width = Annotated[int, Field(ge=1, le=1_000_000_000)]
 """Of a matrix: the bytes of a larger one are too many to be counted in 64 bits."""
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
+Amount = Annotated[float, Field(ge=0, le=1e9)]
+"""Figures of machines: times that are made of others would be infinite, or no numbers."""
+Share = Annotated[float, Field(ge=1e-6, le=1)]
+"""Of a machine's figure that is reached."""
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 InputPath = Annotated[str, Field(min_length=1, json_schema_extra={"path": "input"})]
