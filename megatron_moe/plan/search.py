@@ -24,13 +24,15 @@ from megatron_moe.plan.forecast import Forecast
 from megatron_moe.plan.forecasting import foretell
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.search_estimate import Estimate, Estimates
-from megatron_moe.plan.search_space import Candidate, candidates, with_candidate
+from megatron_moe.plan.search_space import Candidate, candidates, is_own, with_candidate
 from megatron_moe.plan.stages import stages_of
 from megatron_moe.plan.wording import memory, plural
 
 SHOWN = 10
 _PLACED_AT_MOST = 48
 """Candidates whose layers are placed: an end for spaces whose estimates lie close together."""
+_PROVED = 3
+"""Of the layouts that are shown, as many get the fastest placement; the others one near it."""
 _VARIANTS = 4
 """Of a layout that differ by chunks and recomputation only, as many are placed, from the best estimate on."""
 _SLACK = 1.02
@@ -108,8 +110,13 @@ class _Best:
 
     def place(self, at_first_sight: list[Estimate]) -> None:
         """Look again at the fastest estimate, or place it when that was done, until the tenth best iteration
-        is below all that are left."""
-        queue = [(estimate.seconds, estimate.candidate, False) for estimate in at_first_sight]
+        is below all that are left. The experiment's own layout is placed before all others."""
+        queue = [
+            (0.0, estimate.candidate, True)
+            if is_own(self._experiment, estimate.candidate)
+            else (estimate.seconds, estimate.candidate, False)
+            for estimate in at_first_sight
+        ]
         heapq.heapify(queue)
         tenth = math.inf
         while queue and self.placed < _PLACED_AT_MOST:
@@ -140,8 +147,8 @@ class _Best:
         )
 
     def prove(self) -> list[Found]:
-        """The ones that are shown, each with the fastest placement that there is."""
-        for one in self.fastest[:SHOWN]:
+        """The ones that are shown, the first ones with the fastest placement that there is."""
+        for one in self.fastest[:_PROVED]:
             self._keep(
                 replace(one.candidate, chunks=1, recompute=""),
                 _placed(self._experiment, one.candidate, prove=True),

@@ -67,6 +67,21 @@ def candidates(experiment: Experiment, gpus: int, gpus_per_node: int) -> Iterato
                                 )
 
 
+def is_own(experiment: Experiment, candidate: Candidate) -> bool:
+    """Whether a candidate is laid out as the experiment is now."""
+    parallel = experiment.parallel
+    return (
+        candidate.tensor == parallel.tensor_model_parallel_size
+        and candidate.context == parallel.context_parallel_size
+        and candidate.pipeline == parallel.pipeline_model_parallel_size
+        and candidate.chunks == (parallel.virtual_pipeline_model_parallel_size or 1)
+        and candidate.expert == parallel.expert_model_parallel_size
+        and candidate.expert_tensor == parallel.expert_tensor_parallel_size
+        and candidate.data == parallel.data_parallel_size
+        and candidate.micro_batch_size == experiment.training.micro_batch_size
+    )
+
+
 def with_candidate(experiment: Experiment, candidate: Candidate) -> Experiment:
     """The experiment under that layout; `auto` where layers and recomputation are to be placed."""
     is_whole = candidate.recompute == "auto"
