@@ -39,7 +39,12 @@ model:
   num_attention_heads: 4
   num_query_groups: 2
   vocab_size: {vocabulary}
-moe: {{num_moe_experts: 8, moe_router_topk: 2, moe_ffn_hidden_size: 256}}
+moe:
+  num_moe_experts: 8
+  moe_router_topk: 2
+  moe_ffn_hidden_size: 256
+  moe_router_load_balancing_type: aux_loss
+  moe_aux_loss_coeff: 0.02
 parallel: {{pipeline_model_parallel_size: 2}}
 data: {{kind: mock}}
 optimizer: {{lr: 1e-3}}
@@ -97,7 +102,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--case", choices=("speed", "memory", "both"), default="both")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--turns", type=int, default=3)

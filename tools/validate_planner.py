@@ -24,7 +24,7 @@ from rich.table import Table  # noqa: E402
 
 from megatron_moe.config.loading import load  # noqa: E402
 from megatron_moe.config.schema import Experiment  # noqa: E402
-from megatron_moe.plan.costs import scores_per_token  # noqa: E402
+from megatron_moe.plan.costs.parameters import scores_per_token  # noqa: E402
 from megatron_moe.plan.plan import Plan, make  # noqa: E402
 
 _KEYS = {

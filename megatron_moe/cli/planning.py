@@ -104,7 +104,7 @@ def add_profile(commands: Commands) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     from megatron_moe.config.loading import load
-    from megatron_moe.plan.command import run
+    from megatron_moe.plan.show.command import run
 
     _refuse_mixed(args)
     if args.inference:
@@ -123,7 +123,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _plan_search(args: argparse.Namespace) -> int:
     from megatron_moe.config.loading import load
-    from megatron_moe.plan.search_command import run
+    from megatron_moe.plan.show.search_command import run
 
     memory = [f"launch.cluster.memory_gib={args.memory}"] if args.memory else []
     loaded = load(args.config, [*args.overrides, *memory])
@@ -133,7 +133,7 @@ def _plan_search(args: argparse.Namespace) -> int:
 
 def _plan_inference(args: argparse.Namespace) -> int:
     from megatron_moe.config.loading import load
-    from megatron_moe.plan.inference_table import run
+    from megatron_moe.plan.show.inference_table import run
 
     loaded = load(args.config, args.overrides)
     run(loaded, args.gpus, args.json, batch=args.batch or 1, context=args.context, dtype=args.dtype or "bf16")

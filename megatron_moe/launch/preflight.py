@@ -21,7 +21,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.machine import Machine, look
 from megatron_moe.launch import identity
 from megatron_moe.plan import plan
-from megatron_moe.plan.scores import score_bytes
+from megatron_moe.plan.costs.scores import score_bytes
 
 
 def check(loaded: Loaded, machine: Machine | None = None) -> None:

@@ -8,9 +8,9 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.versions import accept_as_linear, moe_submodules
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.norms import Norm
+from megatron_moe.plan.costs.weights import kind_of_mtp_layers
 from megatron_moe.plan.journeys import choice
 from megatron_moe.plan.stages import Stage
-from megatron_moe.plan.weights import kind_of_mtp_layers
 
 
 def block_spec(experiment: Experiment, config: Any, stage: Stage) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.plan import Plan, make
-from megatron_moe.plan.tables import console_of_tables, print_table
+from megatron_moe.plan.show.tables import console_of_tables, print_table
 from megatron_moe.plan.wording import number, plural
 
 _GIB = 2**30

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import memory, profile, timing
-from megatron_moe.plan.cluster import Cluster
+from megatron_moe.plan import profile
+from megatron_moe.plan.costs import memory
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.stages import moe_layers
+from megatron_moe.plan.times import timing
+from megatron_moe.plan.times.cluster import Cluster
 from megatron_moe.plan.units import Kind, Unit, Units
 
 

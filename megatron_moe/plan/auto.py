@@ -12,12 +12,12 @@ from megatron_moe.config.loading import Loaded
 from megatron_moe.config.origin import Origin
 from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import placement
 from megatron_moe.plan.assembly import assemble
 from megatron_moe.plan.batch_ramp import num_microbatches
-from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.layout import Layout
+from megatron_moe.plan.placement import placement
 from megatron_moe.plan.profile import Profile, profile_of
+from megatron_moe.plan.times.cluster import Cluster
 
 _LAYERS, _COUNTS = "pipeline.layers_per_stage", "recompute.layers_per_stage"
 

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import timing
 from megatron_moe.plan.batch_ramp import num_microbatches
-from megatron_moe.plan.cluster import Cluster
-from megatron_moe.plan.costs import flops_per_token
+from megatron_moe.plan.costs.parameters import flops_per_token
 from megatron_moe.plan.forecast import Forecast, MemoryForecast, RankForecast
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.limits import limits_of
@@ -19,6 +17,8 @@ from megatron_moe.plan.schedules.simulation import StageTimes, simulate
 from megatron_moe.plan.schedules.timeline import Timeline
 from megatron_moe.plan.stage_units import StageCost, stage_cost
 from megatron_moe.plan.stages import Stage
+from megatron_moe.plan.times import timing
+from megatron_moe.plan.times.cluster import Cluster
 from megatron_moe.plan.units import Units
 
 _DAY_S = 24 * 3600

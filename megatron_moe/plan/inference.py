@@ -16,10 +16,10 @@ from typing import Literal
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.costs import count_parameters, padded_vocab_size
+from megatron_moe.plan.costs.parameters import count_parameters, padded_vocab_size
+from megatron_moe.plan.costs.weights import attention_weights, weights_of
 from megatron_moe.plan.stages import moe_layers
 from megatron_moe.plan.units import Kind
-from megatron_moe.plan.weights import attention_weights, weights_of
 
 DType = Literal["bf16", "fp8"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.assembly import assemble
-from megatron_moe.plan.cluster import Cluster
 from megatron_moe.plan.forecasting import stage_costs, stage_times
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.profile import profile_of
 from megatron_moe.plan.schedules import ScheduleName, StageTimes, Timeline, simulate
+from megatron_moe.plan.times.cluster import Cluster
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.moe import MoE
-from megatron_moe.plan.precision import element_size
+from megatron_moe.plan.costs.precision import element_size
 
 Name = Literal["alltoall", "allgather", "deduplicated"]
 

@@ -10,16 +10,17 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import costs, journeys
+from megatron_moe.plan import journeys
 from megatron_moe.plan.assembly import assemble
 from megatron_moe.plan.auto import place
 from megatron_moe.plan.batch_ramp import num_microbatches
-from megatron_moe.plan.cluster import Cluster
+from megatron_moe.plan.costs import parameters as costs
 from megatron_moe.plan.forecast import Forecast
 from megatron_moe.plan.forecasting import foretell
 from megatron_moe.plan.layout import GROUP_KINDS, Layout
 from megatron_moe.plan.profile import profile_of
 from megatron_moe.plan.stages import Stage, stages_of
+from megatron_moe.plan.times.cluster import Cluster
 
 
 @dataclass(frozen=True)

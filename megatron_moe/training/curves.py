@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from megatron_moe.plan.picture_style import BLUE, GREEN, GREY, PINK, RED, SKY, STYLE, VERMILION
+from megatron_moe.plan.show.picture_style import BLUE, GREEN, GREY, PINK, RED, SKY, STYLE, VERMILION
 from megatron_moe.plan.wording import count
 
 Columns = dict[str, np.ndarray]

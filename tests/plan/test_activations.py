@@ -11,8 +11,8 @@ from experiments import experiment, layout
 
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.costs.memory import activations
 from megatron_moe.plan.layout import Layout
-from megatron_moe.plan.memory import activations
 from megatron_moe.plan.units import Kind
 
 MODEL = {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 320}

@@ -13,7 +13,7 @@ import pytest
 from plan_experiments import filled
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.costs import padded_vocab_size
+from megatron_moe.plan.costs.parameters import padded_vocab_size
 from megatron_moe.plan.layout import GROUP_KINDS
 from megatron_moe.plan.plan import make
 

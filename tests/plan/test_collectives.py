@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe.plan.cluster import Cluster
-from megatron_moe.plan.collectives import (
+from megatron_moe.plan.layout import GroupKind, Layout
+from megatron_moe.plan.times.cluster import Cluster
+from megatron_moe.plan.times.collectives import (
     Group,
     Groups,
     all_gather_s,
@@ -18,7 +19,6 @@ from megatron_moe.plan.collectives import (
     exposed_s,
     point_to_point_s,
 )
-from megatron_moe.plan.layout import GroupKind, Layout
 
 CLUSTER = Cluster(
     source="a test",

@@ -7,7 +7,7 @@ from plan_experiments import filled
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.costs import (
+from megatron_moe.plan.costs.parameters import (
     count_mtp_parameters,
     count_parameters,
     flops_per_token,

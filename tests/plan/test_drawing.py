@@ -14,10 +14,10 @@ from matplotlib.image import imread
 from plan_experiments import filled
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.plan import boxes, command, drawing
 from megatron_moe.plan.iteration import iteration_of
-from megatron_moe.plan.picture_style import BLUE, GREEN, ORANGE, RED, STYLE, YELLOW
 from megatron_moe.plan.plan import make
+from megatron_moe.plan.show import boxes, command, drawing
+from megatron_moe.plan.show.picture_style import BLUE, GREEN, ORANGE, RED, STYLE, YELLOW
 
 RECOMPUTED = {
     "parallel": {"pipeline_model_parallel_size": 2, "data_parallel_size": 2},

@@ -11,8 +11,8 @@ from plan_experiments import filled
 
 from megatron_moe.cli import main
 from megatron_moe.config.errors import InputError
-from megatron_moe.plan import inference_table
 from megatron_moe.plan.inference import heads_of_ranks, serving
+from megatron_moe.plan.show import inference_table
 
 ROOT = Path(__file__).parents[2]
 SKYWORK = str(ROOT / "configs" / "skywork_moe_146b.yaml")

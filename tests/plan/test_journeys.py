@@ -10,8 +10,9 @@ import pytest
 from plan_experiments import filled
 
 from megatron_moe.config.schema.moe import MoE
-from megatron_moe.plan import command, plan
+from megatron_moe.plan import plan
 from megatron_moe.plan.journeys import Journey, Ranks, journeys, taken
+from megatron_moe.plan.show import command
 
 HIDDEN = 64
 

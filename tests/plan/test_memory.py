@@ -10,8 +10,8 @@ from distributed import ranks
 from experiments import experiment, layout
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.costs.memory import mtp_embedding, shared_embedding, static_bytes
 from megatron_moe.plan.layout import Layout
-from megatron_moe.plan.memory import mtp_embedding, shared_embedding, static_bytes
 from megatron_moe.plan.plan import make
 from megatron_moe.plan.stages import Stage
 from megatron_moe.plan.units import StaticBytes

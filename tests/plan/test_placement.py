@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from placed_units import Request, all_placements, model, models, unit
 
-from megatron_moe.plan.candidates import Candidates
-from megatron_moe.plan.placement import NothingFits, Placement, place
-from megatron_moe.plan.rank_choices import RankChoices
+from megatron_moe.plan.placement.candidates import Candidates
+from megatron_moe.plan.placement.placement import NothingFits, Placement, place
+from megatron_moe.plan.placement.rank_choices import RankChoices
+from megatron_moe.plan.placement.stage_options import at, cycles_between, options_of, rests_of
 from megatron_moe.plan.schedules.many import bounds
-from megatron_moe.plan.stage_options import at, cycles_between, options_of, rests_of
 
 memories = st.sampled_from([None, None, 8.0, 12.0, 16.0, 20.0, 30.0])
 
@@ -232,7 +232,7 @@ def test_the_bound_without_a_search_is_below_the_fastest() -> None:
     for stages, microbatches in [(2, 1), (2, 9), (5, 1), (5, 3), (5, 64)]:
         request = request_of(24, stages, microbatches, transfer_s=0.02)
         with pytest.MonkeyPatch.context() as changed:
-            changed.setattr("megatron_moe.plan.placement._PROVABLE", 0)
+            changed.setattr("megatron_moe.plan.placement.placement._PROVABLE", 0)
             bound = placed(request).bound_s
         assert 0 < bound <= placed(request).makespan_s * (1 + 1e-9)
 

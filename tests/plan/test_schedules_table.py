@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from plan_experiments import filled
 
-from megatron_moe.plan import command
 from megatron_moe.plan.iteration import iteration_of
 from megatron_moe.plan.plan import make
-from megatron_moe.plan.schedules_table import compared
+from megatron_moe.plan.show import command
+from megatron_moe.plan.show.schedules_table import compared
 
 LAYOUTS = {
     "1F1B": filled(

@@ -16,8 +16,8 @@ from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.auto import placed
 from megatron_moe.plan.plan import make
-from megatron_moe.plan.search import search
-from megatron_moe.plan.search_space import candidates, with_candidate
+from megatron_moe.plan.search.search import search
+from megatron_moe.plan.search.space import candidates, with_candidate
 
 MODEL = {
     "num_layers": 6,
@@ -143,5 +143,5 @@ def test_bad_options_are_one_line(
 def test_searching_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys, megatron_moe.plan.search_command; assert 'torch' not in sys.modules"
+    code = "import sys, megatron_moe.plan.show.search_command; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

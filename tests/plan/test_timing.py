@@ -9,12 +9,12 @@ import pytest
 from plan_experiments import filled
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import timing
-from megatron_moe.plan.cluster import Cluster
-from megatron_moe.plan.costs import padded_vocab_size, scores_per_token
+from megatron_moe.plan.costs.parameters import padded_vocab_size, scores_per_token
+from megatron_moe.plan.costs.weights import on_a_rank, weights_of
 from megatron_moe.plan.layout import Layout
+from megatron_moe.plan.times import timing
+from megatron_moe.plan.times.cluster import Cluster
 from megatron_moe.plan.units import Kind, Times
-from megatron_moe.plan.weights import on_a_rank, weights_of
 
 PEAK = 1e15
 IDEAL: dict[str, Any] = {

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from plan_experiments import filled
 
-from megatron_moe.plan import command
 from megatron_moe.plan.plan import make
+from megatron_moe.plan.show import command
 from megatron_moe.plan.trace import Event, chrome_trace
 
 PP2 = filled(

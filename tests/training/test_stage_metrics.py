@@ -10,7 +10,8 @@ import train_on_ranks as on_ranks
 from distributed import ranks
 from experiments import experiment, layout
 
-from megatron_moe.plan import costs, plan
+from megatron_moe.plan import plan
+from megatron_moe.plan.costs import parameters as costs
 
 GIB = 2**30
 STAGE = ("stage/forward_ms", "stage/backward_ms", "stage/idle_ms", "stage/peak_memory_gib")

@@ -1,0 +1,1 @@
+"""What a model costs: its weights, FLOPs, and bytes."""

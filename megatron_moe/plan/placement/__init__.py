@@ -1,0 +1,1 @@
+"""Where layers go, and how many are computed again."""

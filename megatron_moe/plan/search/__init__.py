@@ -1,0 +1,1 @@
+"""The fastest layout of an experiment on so many GPUs."""

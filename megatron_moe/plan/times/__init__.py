@@ -1,0 +1,1 @@
+"""How long pieces of a model, and messages, take on a cluster."""
