@@ -236,7 +236,7 @@ def test_planning_imports_no_torch() -> None:
 def test_the_plan_prints_on_a_terminal_without_unicode() -> None:
     script = (
         "from types import SimpleNamespace; from plan_experiments import filled; "
-        "from megatron_moe.plan import command; "
+        "from megatron_moe.plan.show import command; "
         "experiment = filled(parallel={'tensor_model_parallel_size': 4, 'data_parallel_size': 8}); "
         "command.run(SimpleNamespace(experiment=experiment), None, False)"
     )

@@ -34,7 +34,7 @@ def test_one_row_a_case_and_0_where_all_agree(
     found: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found(lambda folder, **sections: report(3e-7))
-    assert verify_layouts.main(["pp4"]) == 0
+    assert verify_layouts.main(["pp4 tied", "pp4 embedding"]) == 0
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines() if line.lstrip().startswith("PP4")]
     assert [row[-5:] for row in rows] == [["4", "3e-07", "0e+00", "0.0", "PASS"]] * len(rows)
@@ -50,10 +50,10 @@ def test_a_difference_and_a_broken_rank_are_named_and_end_with_1(
         raise RankError(1, "ValueError", "Traceback\nValueError: [s, b]")
 
     found(verify)
-    assert verify_layouts.main(["TP2 CP2 EP2", "PP2 DP2 tied"]) == 1
+    assert verify_layouts.main(["CP2 DP2 EP2 biases", "PP2 DP2 tied"]) == 1
     printed = capsys.readouterr().out
     assert "PP2 DP2 tied: step 1: the gradient of x differs by 3.0e-01" in printed
-    assert "TP2 CP2 EP2: ValueError: [s, b]" in printed
+    assert "CP2 DP2 EP2 biases: ValueError: [s, b]" in printed
     assert "2 of 2 layouts FAIL" in printed
 
 
