@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_moe.engine import memory
 from megatron_moe.engine.checkpoint import unwrap
 from megatron_moe.engine.stopwatch import Clock, DeviceClock, HostClock
+from megatron_moe.engine.timers import Timers
 
 BEGIN, END = "begin ", "end "
 """Before Megatron-Core's names for what begins and ends."""
@@ -35,35 +36,18 @@ def place(layer: int) -> str:
     return f"layer {layer}"
 
 
-class Marks(ABC):
+class Marks(Timers):
     """Takes the place of Megatron-Core's timers for a while, and of hooks at places in the model."""
 
     @abstractmethod
     def mark(self, name: str) -> None:
         """Now."""
 
-    def __call__(self, name: str, log_level: int | None = None) -> _Timer:
-        return _Timer(self, name)
+    def begin(self, name: str) -> None:
+        self.mark(BEGIN + name)
 
-    @contextlib.contextmanager
-    def attached(self, config: Any) -> Iterator[None]:
-        """Mark what happens meanwhile under a TransformerConfig."""
-        config.timers = self
-        try:
-            yield
-        finally:
-            config.timers = None
-
-
-class _Timer:
-    def __init__(self, marks: Marks, name: str) -> None:
-        self._marks, self._name = marks, name
-
-    def start(self, barrier: bool = False) -> None:
-        self._marks.mark(BEGIN + self._name)
-
-    def stop(self, barrier: bool = False) -> None:
-        self._marks.mark(END + self._name)
+    def end(self, name: str) -> None:
+        self.mark(END + name)
 
 
 class TimeMarks(Marks):

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_moe.engine.timers import Timers
+
 FORWARD, BACKWARD = "forward-compute", "backward-compute"
 """Names of a microbatch's passes through one model chunk; the loss is part of the forward pass."""
 SCHEDULE = "forward-backward"
@@ -42,7 +44,7 @@ class Span:
         return self.end_s - self.begin_s
 
 
-class Stopwatch:
+class Stopwatch(Timers):
     """Takes the place of Megatron-Core's timers for a while.
 
     Args:
@@ -59,18 +61,6 @@ class Stopwatch:
         self._on_end = on_end
         self._begun: dict[str, Any] = {}
         self._measured: list[tuple[str, Any, Any]] = []
-
-    def __call__(self, name: str, log_level: int | None = None) -> _Timer:
-        return _Timer(self, name)
-
-    @contextlib.contextmanager
-    def attached(self, config: Any) -> Iterator[None]:
-        """Measure what happens meanwhile under a TransformerConfig."""
-        config.timers = self
-        try:
-            yield
-        finally:
-            config.timers = None
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -96,20 +86,6 @@ class Stopwatch:
         """Seconds from the making of the stopwatch to a moment of the same device: of the host's
         `time.perf_counter`, or an event."""
         return self._clock.seconds(moment)
-
-
-class _Timer:
-    """One of Megatron-Core's timers. It may ask for barriers, which would measure other times than those of
-    training."""
-
-    def __init__(self, stopwatch: Stopwatch, name: str) -> None:
-        self._stopwatch, self._name = stopwatch, name
-
-    def start(self, barrier: bool = False) -> None:
-        self._stopwatch.begin(self._name)
-
-    def stop(self, barrier: bool = False) -> None:
-        self._stopwatch.end(self._name)
 
 
 class Clock(Protocol):

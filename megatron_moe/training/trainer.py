@@ -28,7 +28,13 @@ from megatron_moe.training import communication, router_updates
 from megatron_moe.training.balance_metrics import balance_metrics
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.forward import Batch, forward_step
-from megatron_moe.training.metrics import drops_of_evaluation, further_metrics, moe_metrics, reduce_step
+from megatron_moe.training.metrics import (
+    StepSums,
+    drops_of_evaluation,
+    further_metrics,
+    moe_metrics,
+    reduce_step,
+)
 from megatron_moe.training.step_meter import StepMeter
 
 if TYPE_CHECKING:
@@ -111,6 +117,14 @@ class Trainer:
         self.iteration += 1
         self.consumed_samples += sequences
         step_time = time.perf_counter() - started
+        record = self._record(sums, sequences, step_time, grad_norm, updated)
+        return record | self.step_meter.take(shapes.num_microbatches)
+
+    def _record(
+        self, sums: StepSums, sequences: int, step_time: float, grad_norm: float, updated: bool
+    ) -> Record:
+        """What the step that was just done came to, over so many sequences. Collective over all ranks."""
+        training = self.experiment.training
         tokens = sequences * training.seq_length
         record: Record = {
             "iteration": self.iteration,
@@ -143,7 +157,7 @@ class Trainer:
             record |= balance_metrics(sums.balance, microbatches, self.experiment, detailed)
         if communication.copies_experts(self.experiment):
             record |= communication.copied_experts(self.chunks, self.device.torch_device)
-        return record | self.step_meter.take(shapes.num_microbatches)
+        return record
 
     def evaluate(self, dataset: Samples, iterations: int) -> Record:
         """`eval/loss`, the mean loss a target token over the first `iterations` global batches of `dataset`,
