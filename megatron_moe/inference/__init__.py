@@ -1,0 +1,1 @@
+"""What a trained model says: generation, and evaluation on text and tasks."""
