@@ -56,7 +56,7 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
         blocks = 2 if "linear_fc1" in name and ACTIVATIONS[_activation(name, experiment)][1] else 1
         for piece, piece_name in _pieces(name, parameter, experiment):
             full_shape, part = _part_of_this_rank(name, parameter, piece.shape, blocks)
-            generator = torch.Generator().manual_seed(_seed(experiment.training.seed, piece_name))
+            generator = generator_of(experiment.training.seed, piece_name)
             full = torch.empty(full_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
             piece.copy_(part(full))
 
@@ -136,6 +136,7 @@ def _part_of_this_rank(
     return full_shape, cut
 
 
-def _seed(seed: int, name: str) -> int:
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The random state of what is drawn under this name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
