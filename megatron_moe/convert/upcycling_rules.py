@@ -131,6 +131,6 @@ def advice(dense_flops: float, moe_flops: float) -> str:
         return f"Upcycle: C_MoE is {ratio:.2g} times C_dense, much smaller."
     return (
         f"Either may be better: C_MoE is {ratio:.2g} times C_dense. Upcycling wins where it is much smaller, "
-        f"training from scratch from {FROM_SCRATCH:g} on; try both for some steps, and tune the learning rate "
-        "when upcycling."
+        f"training from scratch from {FROM_SCRATCH:g} on; try both for some steps, and tune the learning "
+        "rate when upcycling."
     )
