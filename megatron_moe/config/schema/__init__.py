@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_moe.config.schema.data import Data, Prepare, Source, Tokenizer
-from megatron_moe.config.schema.model import Model, MultiLatentAttention
+from megatron_moe.config.schema.model import Model, MultiLatentAttention, RotaryScaling
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.config.schema.parallel import Parallel, Pipeline, Recompute
 from megatron_moe.config.schema.run import Checkpoint, Cluster, Launch, Logging, Resilience, WandB
@@ -37,6 +37,7 @@ __all__ = [
     "Prepare",
     "Recompute",
     "Resilience",
+    "RotaryScaling",
     "Section",
     "Source",
     "Tokenizer",

@@ -36,6 +36,34 @@ class Yarn(Section):
     """The softmax scale is multiplied by (0.1 mscale_all_dim ln factor + 1)^2."""
 
 
+class RotaryScaling(Section):
+    """Rotary positions of a model that was stretched to longer sequences, as `transformers` computes them
+    from `rope_scaling`. Multi-latent attention has its own section, `yarn`."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """`linear`: all frequencies over factor. `llama3`: the slow ones over factor, the fast ones as they are,
+    in between a mixture (Llama 3.1). `yarn`: likewise, and scores are sharpened (Peng et al. 2023;
+    gpt-oss)."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    """How many times longer sequences may be."""
+    original_max_position_embeddings: PositiveInt | None = None
+    """Longest sequence before the stretching. For `llama3` and `yarn`."""
+    low_freq_factor: PositiveFloat = 1.0
+    """For `llama3`: what turns less often than this within the original length is slowed down by the whole
+    factor."""
+    high_freq_factor: PositiveFloat = 4.0
+    """For `llama3`: what turns more often than this within the original length stays as it is."""
+    beta_fast: PositiveFloat = 32.0
+    """For `yarn`: what turns more often than this within the original length stays as it is."""
+    beta_slow: PositiveFloat = 1.0
+    """For `yarn`: what turns less often than this within the original length is slowed down by the whole
+    factor."""
+    truncate: bool = True
+    """For `yarn`: round the channels where the mixture begins and ends to whole ones (gpt-oss: false)."""
+    attention_factor: PositiveFloat | None = None
+    """For `yarn`: rotated queries and keys are both multiplied by this. Default: 0.1 ln(factor) + 1."""
+
+
 class MultiLatentAttention(Section):
     """Multi-head latent attention (DeepSeek-V2): keys and values, and if wanted queries, pass through a
     narrow projection with a norm behind it, and positions reach a part of each head of their own."""
@@ -91,14 +119,36 @@ class Model(Section):
     """Base of the rotary frequencies (theta)."""
     rotary_percent: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of each head that is rotated."""
+    rotary_scaling: RotaryScaling | None = None
+    """Stretched rotary positions. Leave the section out for plain ones."""
     apply_rope_fusion: bool = False
     """Rotate in one kernel. Needs Transformer Engine and a GPU."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that each token sees: itself and those before it (Mistral: 4096). Default: all before it."""
+    window_attn_skip_freq: PositiveInt | list[Annotated[int, Field(ge=0, le=1)]] | None = None
+    """Which layers have sliding_window. n: all but every n-th (gpt-oss: 2, the first, third, ..). A list of 0
+    and 1, one entry a layer: 1 has it (Qwen2: from max_window_layers on). Default: all layers."""
+    attention_sinks: bool = False
+    """Each head has a learnt logit in the softmax that attends to nothing (gpt-oss)."""
+    qk_norm: Literal["head", "all_heads"] | None = None
+    """Norm of queries and of keys before they are rotated: of each head by itself, with the same weights for
+    all heads (Qwen3), or of all heads together (OLMoE). Default: none."""
+    clip_qkv: PositiveFloat | None = None
+    """Queries, keys and values are clamped to this, behind the norm and before the rotation (OLMoE). Default:
+    no limit."""
+    qkv_bias: bool = False
+    """Biases of the projections of queries, keys and values (Qwen2)."""
+    attention_output_bias: bool = False
+    """Bias of the projection behind attention (gpt-oss; with qkv_bias what Llama's attention_bias means)."""
+    mlp_bias: bool = False
+    """Biases of feed-forward layers, dense ones and routed experts alike (gpt-oss). Not of shared experts."""
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     """Normalisation of every layer's inputs and of the final output."""
     layernorm_epsilon: PositiveFloat = 1e-5
     """Added to the variance."""
-    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] = "swiglu"
-    """Feed-forward activation, dense layers and experts alike."""
+    activation: Literal["swiglu", "geglu", "clamped_swiglu", "gelu", "relu", "squared_relu"] = "swiglu"
+    """Feed-forward activation, dense layers and experts alike. `clamped_swiglu` is gpt-oss's: (up + 1) *
+    gate * sigmoid(1.702 gate), with the gate at most 7 and up within 7 of 0."""
     untie_embeddings_and_output_weights: bool = True
     """Whether the output layer has a weight of its own."""
     init_method_std: PositiveFloat = 0.02

@@ -91,7 +91,9 @@ class MoE(Section):
     moe_first_k_dense_layers: NonNegativeInt = 0
     """The first k layers are dense, whatever moe_layer_freq says of them (DeepSeek-V3: 3). Not beside a
     list."""
-    moe_expert_activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] | None = None
+    moe_expert_activation: (
+        Literal["swiglu", "geglu", "clamped_swiglu", "gelu", "relu", "squared_relu"] | None
+    ) = None
     """Activation inside the routed experts. Default: model.activation."""
     moe_expert_dropout: Fraction = 0.0
     """Dropout inside the experts, behind the activation (Switch Transformer: 0.4 when finetuning)."""
@@ -120,6 +122,12 @@ class MoE(Section):
     """Precision of the router's product and softmax, whatever training.precision is."""
     moe_router_topk_scaling_factor: PositiveFloat | None = None
     """Factor on all gate weights (DeepSeek). Default: 1."""
+    moe_router_norm_topk: bool = True
+    """With sigmoid scores: divide the weights of the chosen experts by their sum, where k > 1
+    (norm_topk_prob of DeepSeek-V3). With a softmax moe_router_pre_softmax says so: false is the same as
+    dividing."""
+    moe_router_bias: bool = False
+    """The router's logits have a learnt bias (gpt-oss)."""
     moe_router_logit_normalization: PositiveFloat | None = None
     """lambda of Skywork-MoE's gating-logit normalization lambda * (z - mean(z)) / (std(z) + epsilon), over
     the experts; the z-loss takes the logits before it. Default: none."""
@@ -129,6 +137,9 @@ class MoE(Section):
     """Groups that experts lie in, for group-limited routing (DeepSeek). Default: none."""
     moe_router_group_topk: PositiveInt | None = None
     """Groups that a token's experts may come from."""
+    moe_router_group_score_topk: PositiveInt | None = None
+    """A group's score is the sum of so many of its largest ones. Default: 1 with a softmax (DeepSeek-V2),
+    with sigmoid scores moe_router_topk / moe_router_group_topk (DeepSeek-V3: 2)."""
     moe_router_enable_expert_bias: bool = False
     """Balance without a loss (DeepSeek-V3): choose by score + bias, and after each iteration move each
     expert's bias against its load. Needs sigmoid scores."""
