@@ -11,11 +11,11 @@ from megatron_moe.config.sources import PARTS, split_of, texts_of, weights_of
 
 
 def data_said_once(e: Experiment) -> Problems:
-    """Token files are either given, or made, or blended of several; mock data has none."""
+    """Token files are either given, or made, or blended of several; mock data and records have none."""
     d = e.data
     said = {"data.path": d.path, "data.prepare.input": d.prepare and d.prepare.input, "data.blend": d.blend}
     there = [key for key, value in said.items() if value is not None]
-    if d.kind == "mock":
+    if d.kind != "pretraining":
         for key in there:
             remedy = f"set {key.removesuffix('.input')} to null, or data.kind to pretraining"
             yield Problem((key, "data.kind"), "is not read under data.kind", remedy)
@@ -110,6 +110,8 @@ def evaluation_has_data(e: Experiment) -> Problems:
 def _is_read(e: Experiment, part: str) -> bool:
     """Whether any documents are for that part."""
     at = PARTS.index(part)
+    if e.data.instruction is not None and e.data.instruction.validation is not None:
+        return True
     if e.data.blend:
         return any(weights_of(e.data, source)[at] != 0 for source in e.data.blend.values())
     return split_of(e.data)[at] != 0
@@ -122,7 +124,10 @@ def ends_of_documents(e: Experiment) -> Problems:
         key = f"data.{name}"
         if not getattr(d, name):
             continue
-        if d.kind == "mock":
+        if d.kind == "instruction":
+            text = "is not read under data.kind, where data.instruction.packing keeps records apart"
+            yield Problem((key, "data.kind"), text, "set it to false")
+        elif d.kind == "mock":
             text = "needs documents, and data.kind has none"
             yield Problem((key, "data.kind"), text, "set it to false, or data.kind to pretraining")
         for section, prepare in texts_of(d).items():

@@ -192,7 +192,7 @@ def _vocab_size(e: Experiment, world_size: int | None) -> int:
             text = f"gives no model.vocab_size: {reason}"
             advice = "name another file, or set model.vocab_size"
             raise Underivable(Problem(("data.tokenizer.model",), text, advice)) from None
-    if e.data.kind == "pretraining":
+    if e.data.kind != "mock":
         raise Underivable  # tokenizer_rules.tokenizer_said_once says what is missing
     raise Underivable(
         Problem(
@@ -305,6 +305,11 @@ def _moe_num_device_groups(e: Experiment, world_size: int | None) -> int | None:
     return e.moe.num_moe_experts if is_swipe else e.moe.moe_router_num_groups
 
 
+def _per_token_loss(e: Experiment, world_size: int | None) -> bool:
+    instruction = e.data.instruction
+    return instruction is not None and instruction.weighting == "token"
+
+
 DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("model.num_query_groups", lambda e, _: e.model.num_attention_heads),
     ("model.kv_channels", _kv_channels),
@@ -325,6 +330,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("recompute.granularity", _recompute_granularity),
     ("recompute.modules", lambda e, _: ["core_attn"] if e.recompute.granularity == "selective" else []),
     ("recompute.layers_per_stage", _recompute_layers_per_stage),
+    ("training.calculate_per_token_loss", _per_token_loss),
     ("optimizer.lr_decay_iters", lambda e, _: e.training.train_iters),
     ("optimizer.lr_warmup_iters", _warmup_iters),
     ("optimizer.lr_wsd_decay_iters", _wsd_decay_iters),

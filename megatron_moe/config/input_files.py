@@ -22,6 +22,7 @@ _PACKAGES = {
     "tiktoken": ("tiktoken", "tiktoken"),
 }
 """What reads a type of file, or is a kind of tokenizer: the package and the extra that brings it."""
+_RECORDS = ("data.instruction.train", "data.instruction.validation")
 
 
 def missing_files(loaded: Loaded) -> list[str]:
@@ -32,19 +33,31 @@ def missing_files(loaded: Loaded) -> list[str]:
         for path in [value] if isinstance(value, str) else value or []:
             if key.endswith(".input"):
                 found += list(_of_text(key, path))
+            elif key in _RECORDS:
+                found += list(_of_text(key, path, records=True))
             elif key.endswith(".path"):
                 found += [problem for end in (".bin", ".idx") for problem in _of_file(key, path + end)]
             elif not (os.path.isdir(path) and loaded.experiment.data.tokenizer.kind == "huggingface"):
                 found += list(_of_file(key, path))
-    for section, prepare in texts_of(loaded.experiment.data).items():
-        found += _named_twice(f"{section}.input", prepare.input)
+    for key, inputs in _inputs_of(loaded.experiment.data).items():
+        found += _named_twice(key, inputs)
     found += _no_end_of_document(loaded.experiment.data.tokenizer)
     found += _missing_packages(loaded.experiment.data)
     values = {key: value for key, value in leaves(loaded.experiment) if schema_key(key) not in input_paths()}
     return [problem.render(values, loaded.provenance) for problem in found]
 
 
-def _of_text(key: str, entry: str) -> Iterator[Problem]:
+def _inputs_of(data: Data) -> dict[str, list[str]]:
+    """The files, folders and globs of texts and of records, by their key."""
+    found = {f"{section}.input": prepare.input for section, prepare in texts_of(data).items()}
+    if data.instruction is not None:
+        found[_RECORDS[0]] = data.instruction.train
+        found[_RECORDS[1]] = data.instruction.validation or []
+    return found
+
+
+def _of_text(key: str, entry: str, records: bool = False) -> Iterator[Problem]:
+    """What is wrong with an entry that names texts, or `records`, which are no plain text."""
     try:
         files = files_of(entry)
     except InputError as error:
@@ -54,7 +67,11 @@ def _of_text(key: str, entry: str) -> Iterator[Problem]:
         text, _, remedy = nothing_in(entry).rpartition("; ")
         yield Problem((key,), f"names {text}", remedy)
     for file in files:
-        if suffix_of(file):
+        if records and suffix_of(file).startswith(".txt"):
+            yield Problem(
+                (key,), f"names {file}, which is text without records", "name jsonl or parquet files"
+            )
+        elif suffix_of(file):
             yield from _of_file(key, file)
         else:
             text, _, remedy = unknown_type(file).rpartition("; ")
@@ -91,9 +108,9 @@ def _no_end_of_document(tokenizer: Tokenizer) -> Iterator[Problem]:
 
 def _missing_packages(data: Data) -> Iterator[Problem]:
     wanted: dict[str, str] = {data.tokenizer.kind: "data.tokenizer.kind"}
-    for section, prepare in texts_of(data).items():
-        for file in (file for entry in prepare.input for file in files_of(entry)):
-            wanted.setdefault(f".{file.lower().rpartition('.')[2]}", f"{section}.input")
+    for key, inputs in _inputs_of(data).items():
+        for file in (file for entry in inputs for file in files_of(entry)):
+            wanted.setdefault(f".{file.lower().rpartition('.')[2]}", key)
     for what, key in wanted.items():
         package, extra = _PACKAGES.get(what, ("", ""))
         if package and importlib.util.find_spec(package) is None:

@@ -28,9 +28,8 @@ ALLOWED: dict[str, str] = {
     ),
     # An aux loss over a microbatch then has another value, as its docstring says.
     r"training\.micro_batch_size": "the order of the data goes by the global batch",
-    r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model": (
-        "files may move; their hashes are compared"
-    ),
+    r"data\.(blend\.[^.]+\.)?(path|prepare(\.input)?)|data\.tokenizer\.model"
+    r"|data\.instruction\.(train|validation|chat_template)": ("files may move; their hashes are compared"),
     r"moe\.moe_(token_dispatcher_type|flex_dispatcher_backend|ranks_per_node|overlap_degree|shadowing.*)": (
         "how tokens travel does not change what is computed"
     ),

@@ -45,7 +45,7 @@ def tokenizer_said_once(e: Experiment) -> Problems:
         if t.eod is not None:
             text = f"has no effect without {_MODEL}: a tokenizer that is trained here has an end of its own"
             yield Problem(("data.tokenizer.eod", _MODEL), text, "set it to null")
-        if e.data.kind == "pretraining":
+        if e.data.kind != "mock":
             yield from _can_be_trained(e.data)
 
 
@@ -54,6 +54,9 @@ def _can_be_trained(data: Data) -> Iterator[Problem]:
     if files:
         text = f"is not set, but {files[0]} names token files, which were made with some tokenizer"
         yield Problem((_MODEL, files[0]), text, f"set it to that one, or {_KIND} to bytes")
+    elif data.kind == "instruction":
+        text = "is not set, and records are read with the tokenizer that the model was trained with"
+        yield Problem((_MODEL, "data.kind"), text, f"set it, or {_KIND} to bytes")
     elif not texts_of(data):
         text = "is not set, and there is no data.prepare to train one on"
         yield Problem((_MODEL, "data.prepare"), text, f"set it, or {_KIND} to bytes")

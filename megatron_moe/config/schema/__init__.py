@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from megatron_moe.config.schema.data import Data, Prepare, Source, Tokenizer
+from megatron_moe.config.schema.instruction import Instruction
 from megatron_moe.config.schema.model import Model, MultiLatentAttention, RotaryScaling
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.config.schema.parallel import Parallel, Pipeline, Recompute
@@ -26,6 +27,7 @@ __all__ = [
     "Data",
     "Experiment",
     "InputPath",
+    "Instruction",
     "Launch",
     "Logging",
     "MoE",

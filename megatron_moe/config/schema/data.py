@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megatron_moe.config.schema.instruction import Instruction
 from megatron_moe.config.schema.section import (
     InputPath,
     PositiveInt,
@@ -81,8 +82,9 @@ SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 class Data(Section):
     """What the model reads."""
 
-    kind: Literal["pretraining", "mock"] = "pretraining"
-    """`pretraining` reads token files; `mock` makes random tokens for benchmarks."""
+    kind: Literal["pretraining", "instruction", "mock"] = "pretraining"
+    """`pretraining` reads token files; `instruction` reads conversations and learns their answers; `mock`
+    makes random tokens for benchmarks."""
     path: InputPath | None = None
     """Token files in Megatron's format, without .bin/.idx. Default: made from data.prepare."""
     prepare: Prepare | None = None
@@ -90,10 +92,12 @@ class Data(Section):
     blend: Annotated[dict[SourceName, Source], Field(min_length=1)] | None = None
     """Several sources by name, instead of path and prepare. Give each of them a weight, or none of them, and
     then perhaps epochs."""
+    instruction: Instruction | None = None
+    """Conversations to finetune on, for kind instruction."""
     tokenizer: Tokenizer = Field(default_factory=Tokenizer)
     """The tokenizer; its hash must be that of the token files."""
     split: Annotated[list[Weight], Field(min_length=2, max_length=3)] = Field(default=[95.0, 5.0])
-    """Weights of the training, validation (and test) parts, by documents in file order."""
+    """Weights of the training, validation (and test) parts, by documents (or records) in file order."""
     eod_mask_loss: bool = False
     """Leave the first token of each document out of the loss, which only the end of another document stands
     before (the positions whose input is the end-of-document token, as in Megatron-LM). The end of a document

@@ -95,9 +95,10 @@ class Training(Section):
     with FP8 units."""
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
     """How FP8 scales are found. `blockwise` needs compute capability 9.0, `mxfp8` 10.0, the others 8.9."""
-    calculate_per_token_loss: bool = False
+    calculate_per_token_loss: bool | None = None
     """Divide the loss by the targets of the whole global batch. False: by those of each microbatch, and the
-    mean over microbatches, so that a target in a microbatch with much padding weighs more."""
+    mean over microbatches, so that a target in a microbatch with much padding weighs more. Default: false,
+    and for data.kind instruction what data.instruction.weighting says."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the fp32 buffer inside the matrix product. Needs apex's
     fused_weight_gradient_mlp_cuda, also beside Transformer Engine, and a GPU."""
