@@ -54,7 +54,7 @@ def check(folder: RunFolder, experiment: Experiment, say: Callable[[str], None])
 
 def newest_checkpoint(folder: RunFolder) -> Path | None:
     """The newest complete checkpoint of a run."""
-    from megatron_moe.training.checkpoint_folders import newest
+    from megatron_moe.engine.checkpoint_folders import newest
 
     return newest(folder.path)
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_moe.config.dump import to_yaml
 from megatron_moe.config.errors import InputError, RunError
 from megatron_moe.engine import checkpoint as sharded
+from megatron_moe.engine import checkpoint_folders as folders
 from megatron_moe.engine.versions import installed_versions
-from megatron_moe.training import checkpoint_folders as folders
 from megatron_moe.training import provenance
 from megatron_moe.training.trainer import Trainer
 

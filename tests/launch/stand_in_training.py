@@ -31,8 +31,8 @@ def train(run_folder, experiment, plan):
 def newest(run_folder):
     return max((run_folder / "checkpoints").glob("iter_*"), default=None)
 
-for name, function in (("run", train), ("checkpoint_folders", newest)):
-    module = types.ModuleType(f"megatron_moe.training.{name}")
+for name, function in (("training.run", train), ("engine.checkpoint_folders", newest)):
+    module = types.ModuleType(f"megatron_moe.{name}")
     setattr(module, function.__name__, function)
     sys.modules[module.__name__] = module
 """

@@ -31,7 +31,7 @@ SITE = """
 import os, signal, sys, time
 
 def break_at(place):
-    from megatron_moe.training import checkpoint_folders as folders
+    from megatron_moe.engine import checkpoint_folders as folders
 
     def die(*arguments, **keywords):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,9 +13,10 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import load
 from megatron_moe.data.prepare import prepare
 from megatron_moe.data.tokenizer_training import train_sentencepiece
+from megatron_moe.engine import checkpoint_folders
 from megatron_moe.launch.beginning import begin
 from megatron_moe.plan import plan
-from megatron_moe.training import checkpoint_folders, provenance
+from megatron_moe.training import provenance
 
 EXPERIMENT = """
 name: small

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.training import checkpoint_folders as folders
+from megatron_moe.engine import checkpoint_folders as folders
 
 
 def write(run: Path, iteration: int, content: str = "tensors") -> Path:
