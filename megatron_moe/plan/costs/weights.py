@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.model import MultiLatentAttention
+from megatron_moe.config.schema.moe import MoE
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.units import Kind
 
@@ -26,6 +27,9 @@ class Weights(NamedTuple):
     multiplied: int
     """Those of `active` that are a matrix, which a token multiplies."""
     split: Split
+    name: str
+    """As the checkpoint calls it, behind the layer's own name: `mlp.linear_fc1.weight`. Those of routed
+    experts are `mlp.experts.linear_fc1.weight`, all together."""
 
 
 def weights_of(experiment: Experiment, kind: Kind, vocab_size: int) -> list[Weights]:
@@ -45,7 +49,7 @@ def weights_of(experiment: Experiment, kind: Kind, vocab_size: int) -> list[Weig
 
 def shared_word_embedding(experiment: Experiment, vocab_size: int) -> Weights:
     """The word embedding where another stage than the first holds it, too."""
-    return _vector(vocab_size * experiment.model.hidden_size, split="tensor")
+    return _vector("embedding.word_embeddings.weight", vocab_size * experiment.model.hidden_size, "tensor")
 
 
 def on_a_rank(weights: Weights, layout: Layout) -> int:
@@ -71,16 +75,18 @@ def _option(experiment: Experiment, field: str) -> bool:
     return bool(experiment.model.megatron_core.get(field, False))
 
 
-def _matrix(size: int, split: Split = "tensor") -> Weights:
-    return Weights(size, size, size, split)
+def _matrix(name: str, size: int, split: Split = "tensor") -> Weights:
+    return Weights(size, size, size, split, name)
 
 
-def _vector(size: int, split: Split = "no") -> Weights:
-    return Weights(size, size, 0, split)
+def _vector(name: str, size: int, split: Split = "no") -> Weights:
+    return Weights(size, size, 0, split, name)
 
 
-def _norm(experiment: Experiment, width: int) -> Weights:
-    return _vector(width if experiment.model.normalization == "RMSNorm" else 2 * width)
+def _norm(experiment: Experiment, name: str, width: int) -> list[Weights]:
+    """`name` with what its weight and, in a LayerNorm, its bias are called behind it."""
+    parts = ("weight",) if experiment.model.normalization == "RMSNorm" else ("weight", "bias")
+    return [_vector(f"{name}{part}", width) for part in parts]
 
 
 def _embedding(experiment: Experiment, vocab_size: int) -> list[Weights]:
@@ -89,7 +95,8 @@ def _embedding(experiment: Experiment, vocab_size: int) -> list[Weights]:
     weights = [shared_word_embedding(experiment, vocab_size)]
     if model.position_embedding_type == "learned_absolute":
         assert model.max_position_embeddings is not None
-        weights.append(_vector(model.max_position_embeddings * model.hidden_size))
+        size = model.max_position_embeddings * model.hidden_size
+        weights.append(_vector("embedding.position_embeddings.weight", size))
     return weights
 
 
@@ -97,7 +104,8 @@ def _output(experiment: Experiment, vocab_size: int) -> list[Weights]:
     """Final norm and output layer. A tied one multiplies by the embedding, and adds no parameters."""
     size = vocab_size * experiment.model.hidden_size
     own = size if experiment.model.untie_embeddings_and_output_weights else 0
-    return [_norm(experiment, experiment.model.hidden_size), Weights(own, own, size, "tensor")]
+    norm = _norm(experiment, "decoder.final_layernorm.", experiment.model.hidden_size)
+    return [*norm, Weights(own, own, size, "tensor", "output_layer.weight")]
 
 
 def _mtp_layer(experiment: Experiment) -> list[Weights]:
@@ -105,17 +113,29 @@ def _mtp_layer(experiment: Experiment) -> list[Weights]:
     the hidden state, a projection of both together, a transformer layer, a final norm. Embedding and output
     layer are the model's."""
     width = experiment.model.hidden_size
-    norms = [_norm(experiment, width) for _ in range(3)]
-    return [*norms, _matrix(2 * width * width), *_layer(experiment, kind_of_mtp_layers(experiment))]
+    names = ("enorm.", "hnorm.", "final_layernorm.")
+    norms = [part for name in names for part in _norm(experiment, name, width)]
+    layer = [
+        weight._replace(name=f"transformer_layer.{weight.name}")
+        for weight in _layer(experiment, kind_of_mtp_layers(experiment))
+    ]
+    return [*norms, _matrix("eh_proj.weight", 2 * width * width), *layer]
 
 
 def _layer(experiment: Experiment, kind: Literal["dense", "moe"]) -> list[Weights]:
     model = experiment.model
-    norms = [_norm(experiment, model.hidden_size) for _ in range(2)]
+    # As Transformer Engine fuses them with what is behind them.
+    first = (
+        "self_attention.linear_qkv.layer_norm_"
+        if model.multi_latent_attention is None
+        else "input_layernorm."
+    )
+    second = "pre_mlp_layernorm." if kind == "moe" else "mlp.linear_fc1.layer_norm_"
+    norms = [part for name in (first, second) for part in _norm(experiment, name, model.hidden_size)]
     if kind == "moe":
         return norms + attention_weights(experiment) + _mixture(experiment)
     assert model.ffn_hidden_size is not None
-    return norms + attention_weights(experiment) + _feed_forward(experiment, model.ffn_hidden_size)
+    return norms + attention_weights(experiment) + _feed_forward(experiment, "mlp", model.ffn_hidden_size)
 
 
 def attention_weights(experiment: Experiment) -> list[Weights]:
@@ -130,13 +150,18 @@ def _attention(experiment: Experiment) -> list[Weights]:
     assert model.num_query_groups is not None and model.kv_channels is not None
     query_width = model.num_attention_heads * model.kv_channels
     qkv_width = query_width + 2 * model.num_query_groups * model.kv_channels
-    weights = [_matrix(model.hidden_size * qkv_width), _matrix(query_width * model.hidden_size)]
+    at = "self_attention"
+    weights = [
+        _matrix(f"{at}.linear_qkv.weight", model.hidden_size * qkv_width),
+        _matrix(f"{at}.linear_proj.weight", query_width * model.hidden_size),
+    ]
     if _option(experiment, "add_qkv_bias") or _option(experiment, "add_bias_linear"):
-        weights.append(_vector(qkv_width, split="tensor"))
+        weights.append(_vector(f"{at}.linear_qkv.bias", qkv_width, split="tensor"))
     if _option(experiment, "add_bias_linear"):
-        weights.append(_vector(model.hidden_size))
+        weights.append(_vector(f"{at}.linear_proj.bias", model.hidden_size))
     if _option(experiment, "qk_layernorm"):
-        weights += [_norm(experiment, model.kv_channels) for _ in range(2)]
+        weights += _norm(experiment, f"{at}.q_layernorm.", model.kv_channels)
+        weights += _norm(experiment, f"{at}.k_layernorm.", model.kv_channels)
     return weights
 
 
@@ -144,34 +169,42 @@ def _latent_attention(experiment: Experiment, latent: MultiLatentAttention) -> l
     """As Megatron-Core's MLASelfAttention (DeepSeek-V2, section 2.1): down to narrow widths, a norm there, up
     to all heads. The one rotated key of all heads comes out of the way down."""
     model = experiment.model
-    width, heads = model.hidden_size, model.num_attention_heads
+    width, heads, at = model.hidden_size, model.num_attention_heads, "self_attention"
     query_width = heads * (latent.qk_head_dim + latent.qk_pos_emb_head_dim)
     down: Split = "no"  # each tensor-parallel rank holds what leads down whole (`model.latent_attention`)
     if latent.q_lora_rank is None:
-        weights = [_matrix(width * query_width)]
+        weights = [_matrix(f"{at}.linear_q_proj.weight", width * query_width)]
     else:
         weights = [
-            _matrix(width * latent.q_lora_rank, split=down),
-            _norm(experiment, latent.q_lora_rank),
-            _matrix(latent.q_lora_rank * query_width),
+            _matrix(f"{at}.linear_q_down_proj.weight", width * latent.q_lora_rank, split=down),
+            *_norm(experiment, f"{at}.linear_q_up_proj.layer_norm_", latent.q_lora_rank),
+            _matrix(f"{at}.linear_q_up_proj.weight", latent.q_lora_rank * query_width),
         ]
+    narrow = latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+    of_heads = heads * (latent.qk_head_dim + latent.v_head_dim)
     weights += [
-        _matrix(width * (latent.kv_lora_rank + latent.qk_pos_emb_head_dim), split=down),
-        _norm(experiment, latent.kv_lora_rank),
-        _matrix(latent.kv_lora_rank * heads * (latent.qk_head_dim + latent.v_head_dim)),
-        _matrix(heads * latent.v_head_dim * width),
+        _matrix(f"{at}.linear_kv_down_proj.weight", width * narrow, split=down),
+        *_norm(experiment, f"{at}.linear_kv_up_proj.layer_norm_", latent.kv_lora_rank),
+        _matrix(f"{at}.linear_kv_up_proj.weight", latent.kv_lora_rank * of_heads),
+        _matrix(f"{at}.linear_proj.weight", heads * latent.v_head_dim * width),
     ]
     if _option(experiment, "add_bias_linear"):
-        weights.append(_vector(width))
+        weights.append(_vector(f"{at}.linear_proj.bias", width))
     return weights
 
 
-def _feed_forward(experiment: Experiment, inner_width: int) -> list[Weights]:
+def _feed_forward(experiment: Experiment, at: str, inner_width: int) -> list[Weights]:
     hidden_size = experiment.model.hidden_size
     columns = first_width(experiment.model.activation, inner_width)
-    weights = [_matrix(hidden_size * columns), _matrix(inner_width * hidden_size)]
+    weights = [
+        _matrix(f"{at}.linear_fc1.weight", hidden_size * columns),
+        _matrix(f"{at}.linear_fc2.weight", inner_width * hidden_size),
+    ]
     if _option(experiment, "add_bias_linear"):
-        weights += [_vector(columns, split="tensor"), _vector(hidden_size)]
+        weights += [
+            _vector(f"{at}.linear_fc1.bias", columns, split="tensor"),
+            _vector(f"{at}.linear_fc2.bias", hidden_size),
+        ]
     return weights
 
 
@@ -181,23 +214,35 @@ def _mixture(experiment: Experiment) -> list[Weights]:
     assert moe is not None and moe.moe_ffn_hidden_size is not None and moe.moe_expert_activation is not None
     inner_width = moe.moe_ffn_hidden_size
     columns = first_width(moe.moe_expert_activation, inner_width)
-    matrices, biases = hidden_size * (columns + inner_width), 0
     # The gate `hash` has no weights, and learnt noise a matrix of its own.
-    routers = {"hash": 0, "noisy_topk": 2}.get(moe.moe_router_gate, 1)
-    weights = [_matrix(hidden_size * moe.num_moe_experts, split="no") for _ in range(routers)]
-    if _option(experiment, "add_bias_linear"):
-        biases = columns + hidden_size
-        weights += [_vector(moe.num_moe_experts)] if routers else []
-    weights.append(
-        Weights(
-            total=moe.num_moe_experts * (matrices + biases),
-            active=moe.moe_router_topk * (matrices + biases),
-            multiplied=moe.moe_router_topk * matrices,
-            split="expert",
-        )
+    routers = {"hash": (), "noisy_topk": ("weight", "gate.noise_weight")}.get(
+        moe.moe_router_gate, ("weight",)
     )
+    weights = [
+        _matrix(f"mlp.router.{name}", hidden_size * moe.num_moe_experts, split="no") for name in routers
+    ]
+    has_biases = _option(experiment, "add_bias_linear")
+    if has_biases and routers:
+        weights.append(_vector("mlp.router.bias", moe.num_moe_experts))
+    weights += [
+        _of_experts(moe, "linear_fc1.weight", hidden_size * columns),
+        _of_experts(moe, "linear_fc2.weight", inner_width * hidden_size),
+    ]
+    if has_biases:
+        weights += [
+            _of_experts(moe, "linear_fc1.bias", columns, is_matrix=False),
+            _of_experts(moe, "linear_fc2.bias", hidden_size, is_matrix=False),
+        ]
     if moe.moe_shared_expert_intermediate_size is not None:
-        weights += _feed_forward(experiment, moe.moe_shared_expert_intermediate_size)
+        at = "mlp.shared_experts"
+        weights += _feed_forward(experiment, at, moe.moe_shared_expert_intermediate_size)
         if moe.moe_shared_expert_gate:
-            weights.append(_matrix(hidden_size, split="no"))
+            weights.append(_matrix(f"{at}.gate_weight", hidden_size, split="no"))
     return weights
+
+
+def _of_experts(moe: MoE, name: str, size: int, is_matrix: bool = True) -> Weights:
+    """One of so many elements in each routed expert."""
+    active = moe.moe_router_topk * size
+    total, multiplied = moe.num_moe_experts * size, active if is_matrix else 0
+    return Weights(total, active, multiplied, "expert", f"mlp.experts.{name}")
