@@ -27,6 +27,9 @@ EXPERTS = re.compile(r"(.*\.experts\.linear_fc[12])(?:\.weight(\d+))?$")
 """The routed experts' weights: all local experts in one parameter, or with Transformer Engine's blocks one
 each."""
 
+SINKS = re.compile(r"\.softmax_offset$")
+"""One number a head, drawn like a matrix."""
+
 BIAS = re.compile(r"bias\d*$")
 """Biases; Transformer Engine numbers those of its experts."""
 
@@ -47,13 +50,13 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
         if BIAS.search(name):
             parameter.zero_()
             continue
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 and not SINKS.search(name):
             parameter.fill_(1.0)
             continue
         name = _global_name(name, stage, not model.untie_embeddings_and_output_weights)
         std = _standard_deviation(name, experiment)
         # Gate and up-projection lie one behind the other, and each is cut.
-        blocks = 2 if "linear_fc1" in name and ACTIVATIONS[_activation(name, experiment)][1] else 1
+        blocks = 2 if "linear_fc1" in name and ACTIVATIONS[_activation(name, experiment)].is_gated else 1
         for piece, piece_name in _pieces(name, parameter, experiment):
             full_shape, part = _part_of_this_rank(name, parameter, piece.shape, blocks)
             generator = generator_of(experiment.training.seed, piece_name)

@@ -27,23 +27,32 @@ SIZES = {
 def sample(activation: str, sizes: list[int], dtype: torch.dtype, tokens: int = 4) -> list[Tensor]:
     """Tokens [t, h], gate weights [n], fc1, fc2."""
     generator = torch.Generator().manual_seed(3)
-    gates = 2 if ACTIVATIONS[activation][1] else 1
+    gates = 2 if ACTIVATIONS[activation].is_gated else 1
     shapes = [
         (tokens, HIDDEN),
         (sum(sizes),),
         (len(sizes), gates * WIDTH, HIDDEN),
         (len(sizes), HIDDEN, WIDTH),
     ]
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    # So large that a clamped activation clamps some.
+    scale = 3 if activation == "clamped_swiglu" else 1
+    return [(scale * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for shape in shapes]
+
+
+def activated(activation: str, inner: Tensor) -> Tensor:
+    if activation == "clamped_swiglu":
+        gate, up = inner[:, :WIDTH].clamp(max=7), inner[:, WIDTH:].clamp(-7, 7)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    function, gated, *_ = ACTIVATIONS[activation]
+    return function(inner[:, :WIDTH]) * inner[:, WIDTH:] if gated else function(inner)
 
 
 def by_formula(leaves: list[Tensor], activation: str, sizes: list[int], sources: Tensor | None) -> Tensor:
     tokens, weights, fc1, fc2 = leaves
-    function, gated = ACTIVATIONS[activation]
     rows, parts, start = tokens if sources is None else tokens[sources], [], 0
     for expert, size in enumerate(sizes):
         inner = rows[start : start + size] @ fc1[expert].T
-        inner = function(inner[:, :WIDTH]) * inner[:, WIDTH:] if gated else function(inner)
+        inner = activated(activation, inner)
         parts.append(weights[start : start + size, None] * (inner @ fc2[expert].T))
         start += size
     result = torch.cat(parts)

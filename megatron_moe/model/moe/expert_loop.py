@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_moe.model.activations import ACTIVATIONS, QUICK_GELU
 from megatron_moe.model.moe.host_workers import in_threads, workers
 from megatron_moe.model.moe.weight_gradient import WeightGradient
 
@@ -36,10 +37,24 @@ class HostActivation:
     Attributes:
         value: (x, out): its value.
         gradient: (gradient of the value, x, out): gradient of x.
+        limit, offset: see `activations.Activation`; `value` and `gradient` know of the gate's limit.
     """
 
     value: Callable[[Tensor, Tensor], Any]
     gradient: Callable[[Tensor, Tensor, Tensor], Any]
+    limit: float | None = None
+    offset: float = 0.0
+
+    def factor(self, up: Tensor) -> Tensor:
+        """What a gated activation multiplies by."""
+        if self.limit is None:
+            return up
+        return up.clamp(-self.limit, self.limit).add_(self.offset)
+
+    def back_through_factor(self, grad: Tensor, up: Tensor) -> None:
+        """Make of the gradient of `factor`, in place, that of the up-projection."""
+        if self.limit is not None:
+            grad.masked_fill_(up.abs() > self.limit, 0)
 
 
 _SILU = HostActivation(
@@ -50,9 +65,29 @@ _GELU = HostActivation(
     lambda x, out: _aten.gelu.out(x, out=out),
     lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, grad_input=out),
 )
+
+
+def _clamped(name: str) -> HostActivation:
+    """Plainly: it takes fresh memory for each block."""
+    known = ACTIVATIONS[name]
+    limit = known.limit
+    assert limit is not None
+
+    def gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
+        sigmoid = torch.sigmoid(QUICK_GELU * x.clamp(max=limit))
+        torch.mul(sigmoid, 1 + QUICK_GELU * x * (1 - sigmoid), out=out)
+        out.mul_(grad).masked_fill_(x > limit, 0)
+
+    def value(x: Tensor, out: Tensor) -> None:
+        out.copy_(known.function(x.clamp(max=limit)))
+
+    return HostActivation(value, gradient, limit, known.offset)
+
+
 HOST_ACTIVATIONS = {
     "swiglu": _SILU,
     "geglu": _GELU,
+    "clamped_swiglu": _clamped("clamped_swiglu"),
     "gelu": _GELU,
     "relu": HostActivation(
         lambda x, out: torch.clamp(x, min=0, out=out),
@@ -203,7 +238,7 @@ class _ExpertLoop(torch.autograd.Function):
         blocks, width, hidden = _blocks(sizes), fc2.size(2), tokens.size(1)
         memory, gated = _Memory(blocks, tokens), fc1.size(1) != width
         inner = tokens.new_empty(len(weights), fc1.size(1)) if keep else None
-        sums, value = _Sums(tokens, sources, blocks, memory), HOST_ACTIVATIONS[activation].value
+        sums, functions = _Sums(tokens, sources, blocks, memory), HOST_ACTIVATIONS[activation]
         ins, outs = [w.t() for w in fc1.unbind()], [w.t() for w in fc2.unbind()]
 
         def work(mine: Iterator[_Block]) -> None:
@@ -216,9 +251,9 @@ class _ExpertLoop(torch.autograd.Function):
                 for expert, x_e, before_e in block.of_each(x, before):
                     torch.mm(x_e, ins[expert], out=before_e)
                 after = activated[: block.length]
-                value(before[:, :width], after)
+                functions.value(before[:, :width], after)
                 if gated:
-                    after *= before[:, width:]
+                    after *= functions.factor(before[:, width:])
                 after *= weights[block.rows, None]
                 for expert, after_e, y_e in block.of_each(after, y):
                     torch.mm(after_e, outs[expert], out=y_e)
@@ -256,16 +291,18 @@ class _ExpertLoop(torch.autograd.Function):
                 # What the forward pass computed, without p.
                 first = value[of_block] if gated else after
                 functions.value(before[:, :width], first)
-                if gated:
-                    torch.mul(first, before[:, width:], out=after)
+                factor = functions.factor(before[:, width:]) if gated else None
+                if factor is not None:
+                    torch.mul(first, factor, out=after)
                 torch.linalg.vecdot(da.to(p.dtype), after.to(p.dtype), out=grad_weights[block.rows])
                 after *= p
                 for expert, dy_e, after_e in block.of_each(dy, after):
                     grad_fc2.add(expert, dy_e.t(), after_e)
                 da *= p
-                if gated:
+                if factor is not None:
                     torch.mul(da, first, out=db[:, width:])
-                    da *= before[:, width:]
+                    functions.back_through_factor(db[:, width:], before[:, width:])
+                    da *= factor
                 functions.gradient(da, before[:, :width], db[:, :width])
                 if needs_fc1:
                     x = _rows(tokens, sources, block, gathered)

@@ -81,8 +81,8 @@ class Experts(torch.nn.Module):
         super().__init__()
         self.settings, self.groups = settings, groups or MoEGroups()
         self.num_local_experts = num_local_experts
-        self.activation, gated = ACTIVATIONS[settings.activation]
-        self.gates = 2 if gated else 1
+        self.activation = ACTIVATIONS[settings.activation]
+        self.gates = 2 if self.activation.is_gated else 1
         parts = size(self.groups.expert_tensor)
         hidden_size, width = settings.hidden_size, settings.ffn_hidden_size // parts
         self.linear_fc1 = self._parameter((num_local_experts, self.gates * width, hidden_size), dim=1)
@@ -215,11 +215,7 @@ class Experts(torch.nn.Module):
 
     def _activated(self, inner: Tensor, probs: Tensor, survivors: Tensor | None) -> Tensor:
         """[t, g * f] and gate weights [t] -> [t, f]."""
-        if self.gates == 2:
-            gate, up = inner.chunk(2, dim=-1)
-            activated = self.activation(gate) * up
-        else:
-            activated = self.activation(inner)
+        activated = self.activation.apply(inner)
         scale = probs.unsqueeze(-1)
         if survivors is not None:
             activated = activated.masked_fill(~survivors, 0)

@@ -34,23 +34,18 @@ class SharedExperts(torch.nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.activation, self.has_pair = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
 
         def weight(rows: int, columns: int) -> torch.nn.Parameter:
             empty = torch.empty(rows, columns, dtype=dtype, device=device)
             return torch.nn.Parameter(torch.nn.init.normal_(empty, std=std))
 
-        self.linear_fc1 = weight(width * (2 if self.has_pair else 1), hidden_size)
+        self.linear_fc1 = weight(width * (2 if self.activation.is_gated else 1), hidden_size)
         self.linear_fc2 = weight(hidden_size, width)
         self.gate = weight(1, hidden_size) if gated else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[t, h] -> [t, h]."""
-        inner = F.linear(tokens, self.linear_fc1)
-        if self.has_pair:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = self.activation(gate) * up
-        else:
-            inner = self.activation(inner)
+        inner = self.activation.apply(F.linear(tokens, self.linear_fc1))
         output = F.linear(inner, self.linear_fc2)
         return output if self.gate is None else output * F.linear(tokens, self.gate).sigmoid()
