@@ -43,7 +43,7 @@ class Upcycled:
         self._scale = scale_of(after, self._granularity)
         self._gates = 2 if ACTIVATIONS[before.model.activation][1] else 1
         self._hidden_size = after.model.hidden_size
-        self._has_biases = bool(after.model.megatron_core.get("add_bias_linear"))
+        self._has_router_bias = after.moe.moe_router_bias
 
     def inventory(self) -> Mapping[str, Weight]:
         return self._inventory
@@ -97,7 +97,7 @@ class Upcycled:
     def _of_router(self, start: str, dtype: torch.dtype) -> dict[str, Weight]:
         count = self._moe.num_moe_experts
         found = {f"{start}mlp.router.weight": Weight((count, self._hidden_size), dtype)}
-        if self._has_biases:
+        if self._has_router_bias:
             found[f"{start}mlp.router.bias"] = Weight((count,), dtype)
         if self._moe.moe_router_enable_expert_bias:
             found[f"{start}mlp.router.expert_bias"] = Weight((count,), torch.float32)
