@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ BadRecords = Literal["error", "skip"]
 Complain = Callable[[str], None]
 """Takes the one-line description of a bad record, and raises it or keeps it."""
 
-_ICONV = "convert the file, for example with iconv"
+ICONV = "convert the file, for example with iconv"
 _BLANK = " \t\r\n\x0b\x0c"
 _KEYS_SHOWN = 10
 
@@ -99,7 +99,7 @@ def _readable_pieces(chunk: Chunk, complain: Complain) -> Iterator[str]:
             yield payload.decode()
         except UnicodeDecodeError as error:
             wrong = line + payload.count(b"\n", 0, error.start)
-            complain(f"{chunk.path}:{wrong}: {_not_utf8(error)}; {_ICONV}")
+            complain(f"{chunk.path}:{wrong}: {not_utf8(error)}; {ICONV}")
         line += piece.count("\n")
 
 
@@ -115,7 +115,7 @@ def _rows(chunk: Chunk, json_key: str, complain: Complain) -> Iterator[str]:
         try:
             yield chunk.payload[begin:end].decode()
         except UnicodeDecodeError as error:
-            complain(f"{where}: {_not_utf8(error)}")
+            complain(f"{where}: {not_utf8(error)}")
 
 
 def _records(chunk: Chunk, json_key: str, complain: Complain) -> Iterator[str]:
@@ -124,43 +124,51 @@ def _records(chunk: Chunk, json_key: str, complain: Complain) -> Iterator[str]:
             continue
         try:
             yield _text_of_record(line, json_key)
-        except UnicodeDecodeError as error:
-            complain(f"{chunk.path}:{number}: {_not_utf8(error)}; {_ICONV}")
-        except _BadRecord as error:
+        except BadRecord as error:
             complain(f"{chunk.path}:{number}: {error}")
 
 
-class _BadRecord(Exception):
-    pass
+class BadRecord(Exception):
+    """What is wrong with a record, in words that follow its place in the file."""
+
+
+def json_object(line: bytes, example: str) -> dict[str, Any]:
+    """The object that a line of jsonl holds; BadRecord that shows an `example` where it is none."""
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"{not_utf8(error)}; {ICONV}") from None
+    except (ValueError, RecursionError) as error:
+        message = str(error).replace("line 1 column", "column")
+        raise BadRecord(f"not JSON: {message}; a line holds one object like {example}") from None
+    if not isinstance(record, dict):
+        raise BadRecord(f"a JSON {type(record).__name__}, where an object like {example} is needed")
+    return record
+
+
+def check_unicode(text: str) -> None:
+    """BadRecord for a text that no UTF-8 has."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRecord(
+                "the text holds half of a surrogate pair, which is no Unicode; remove it"
+            ) from None
 
 
 def _text_of_record(line: bytes, json_key: str) -> str:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        message = str(error).replace("line 1 column", "column")
-        raise _BadRecord(f'not JSON: {message}; a line holds one object like {{"text": "..."}}') from None
-    if not isinstance(record, dict):
-        raise _BadRecord(
-            f'a JSON {type(record).__name__}, where an object like {{"{json_key}": "..."}} is needed'
-        )
+    record = json_object(line, f'{{"{json_key}": "..."}}')
     text = record.get(json_key)
     if not isinstance(text, str):
         found = f"is {json.dumps(text)[:40]}, not a text" if json_key in record else "is missing"
         keys = [key for key, value in record.items() if isinstance(value, str)]
         others = ", ".join([*keys[:_KEYS_SHOWN], *["..."][: len(keys) - _KEYS_SHOWN > 0]])
-        raise _BadRecord(f"json_key '{json_key}' {found}; texts of this record: {others or 'none'}")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _BadRecord(
-                "the text holds half of a surrogate pair, which is no Unicode; remove it"
-            ) from None
+        raise BadRecord(f"json_key '{json_key}' {found}; texts of this record: {others or 'none'}")
+    check_unicode(text)
     return text
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """The mistake of bytes that are no text."""
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,26 +75,3 @@ def encode_chunk(encoder: Encoder, chunk: Chunk) -> Encoded:
         bad_records=len(bad),
         first_bad=tuple(bad[:FIRST_NAMED]),
     )
-
-
-_encoder: Encoder
-
-
-def start_worker(encoder: Encoder) -> None:
-    """Set up a worker process: it keeps the encoder, leaves Ctrl-C to its parent, and never outlives it."""
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def encode_in_worker(chunk: Chunk) -> Encoded:
-    """`encode_chunk` with the encoder of this process."""
-    return encode_chunk(_encoder, chunk)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -5,12 +5,8 @@ One call prepares one source, so that `data.prepare` and each source of a blend 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,11 @@ from typing import Any
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Prepare
 from megatron_moe.config.schema import Tokenizer as TokenizerSection
-from megatron_moe.config.text_files import expand, suffix_of
+from megatron_moe.config.text_files import expand
 from megatron_moe.data.existing import check_token_files
-from megatron_moe.data.input_hashes import hashes_of
+from megatron_moe.data.made_here import corpus_name, input_hashes, made_once, named, naming
 from megatron_moe.data.manifest import FORMAT_VERSION, Manifest
 from megatron_moe.data.preprocess import preprocess
-from megatron_moe.data.staging import staging, sync_folder
 from megatron_moe.data.tokenizer_training import Corpus, train_on
 from megatron_moe.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -62,9 +57,12 @@ def prepare_tokenizer(spec: TokenizerSection, sections: Mapping[str, Prepare], m
     for key, section in sections.items():
         files = _files(section, key)
         corpora.append(Corpus(files, section.json_key, section.bad_records))
-        content.append([_hashes(files, key, made_here), section.json_key, section.bad_records])
-    folder = made_here / _named("tokenizer", {"text": content, "vocab_size": spec.vocab_size})
-    with _made_once(folder) as ready:
+        content.append(
+            [input_hashes(files, f"{key}.input", made_here), section.json_key, section.bad_records]
+        )
+    made_of = {"format": FORMAT_VERSION, "text": content, "vocab_size": spec.vocab_size}
+    folder = made_here / named("tokenizer", made_of)
+    with made_once(folder) as ready:
         if ready is not None:
             _train(spec.vocab_size, corpora, " and ".join(sections), ready / _TOKENIZER)
     with naming("data.tokenizer"):
@@ -81,16 +79,16 @@ def prepare_text(section: Prepare, tokenizer: Tokenizer, made_here: Path, key: s
         key: dotted key of `section`, which errors name.
     """
     files = _files(section, key)
-    hashes = _hashes(files, key, made_here)
+    hashes = input_hashes(files, f"{key}.input", made_here)
     options: dict[str, Any] = {
         "json_key": section.json_key,
         "documents": section.documents,
         "append_eod": section.append_eod,
         "bad_records": section.bad_records,
     }
-    content = {"inputs": hashes, **options, "tokenizer": [tokenizer.kind, tokenizer.sha256]}
-    folder = made_here / _named(_corpus(section.input[0]), content)
-    with _made_once(folder) as ready:
+    made_of = {"inputs": hashes, **options, "tokenizer": [tokenizer.kind, tokenizer.sha256]}
+    folder = made_here / named(corpus_name(section.input[0]), {"format": FORMAT_VERSION, **made_of})
+    with made_once(folder) as ready:
         if ready is not None:
             with naming(key):
                 manifest = preprocess(files, ready / _TOKENS, tokenizer, **options)
@@ -123,54 +121,9 @@ def check_tokenizer(spec: TokenizerSection) -> None:
         load(spec)
 
 
-@contextlib.contextmanager
-def naming(key: str, hint: str = "") -> Iterator[None]:
-    """Put the key of the YAML in front of each problem, and `hint` behind it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(*(f"{key}: {problem}{hint}" for problem in error.problems)) from None
-
-
 def _files(section: Prepare, key: str) -> list[str]:
     with naming(f"{key}.input"):
         return expand(section.input)
-
-
-def _hashes(files: Sequence[str], key: str, made_here: Path) -> list[tuple[str, str]]:
-    """Type and hash of each file: their names don't matter, as files may move."""
-    with naming(f"{key}.input"):
-        return list(zip(map(suffix_of, files), hashes_of(files, made_here), strict=True))
-
-
-def _named(name: str, content: Mapping[str, Any]) -> str:
-    """A name that says what a folder holds, and everything that the content depends on, as a hash."""
-    spec = json.dumps({"format": FORMAT_VERSION, **content}, sort_keys=True)
-    return f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:12]}"
-
-
-def _corpus(entry: str) -> str:
-    """A name for folders, from the first entry of data.prepare.input."""
-    name = Path(entry).name
-    name = name.removesuffix(name[len(name) - len(suffix_of(name)) :])
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_") or "corpus"
-
-
-@contextlib.contextmanager
-def _made_once(folder: Path) -> Iterator[Path | None]:
-    """Hands out an empty folder that becomes `folder` when the block ends; None if it is there already."""
-    if folder.is_dir():
-        yield None
-        return
-    with staging(folder, wait=True) as aside:
-        if folder.is_dir():  # another process made it while this one waited
-            yield None
-            return
-        ready = aside / "ready"
-        ready.mkdir()
-        yield ready
-        ready.rename(folder)
-        sync_folder(folder.parent)
 
 
 def _train(vocab_size: int, corpora: Sequence[Corpus], keys: str, output: Path) -> None:

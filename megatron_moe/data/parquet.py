@@ -70,16 +70,19 @@ class ParquetFile:
             if not rows:
                 continue
             batches = self._file.iter_batches(
-                self._rows_at_once(group), row_groups=[group], columns=[self._column], use_threads=False
+                self._rows_at_once(group), row_groups=[group], columns=self._columns(), use_threads=False
             )
             for _ in range(rows):
                 with damage_named(self.path), self._naming_damage(f"row {self._rows_read + 1} or behind it"):
                     batch = next(batches, None)
                     if batch is None:
                         break
-                    chunk = self._chunk(batch.column(self._column))
+                    chunk = self._chunk(batch)
                 self._rows_read += batch.num_rows
                 yield chunk
+
+    def _columns(self) -> list[str]:
+        return [self._column]
 
     def _check_column(self, schema: Any) -> None:
         names = list(schema.names)
@@ -104,12 +107,15 @@ class ParquetFile:
     def _rows_at_once(self, group: int) -> int:
         about = self._metadata.row_group(group)
         schema = self._metadata.schema
-        column = next(i for i in range(len(schema)) if schema.column(i).path == self._column)
-        bytes_a_row = about.column(column).total_uncompressed_size / about.num_rows
+        columns = [
+            i for i in range(len(schema)) if schema.column(i).path.partition(".")[0] in self._columns()
+        ]
+        bytes_a_row = sum(about.column(i).total_uncompressed_size for i in columns) / about.num_rows
         return max(1, min(_MOST_ROWS, int(self._chunk_bytes / max(1.0, bytes_a_row))))
 
-    def _chunk(self, column: Any) -> Chunk:
-        """The texts of a part of the column, as one string of bytes and their lengths."""
+    def _chunk(self, batch: Any) -> Chunk:
+        """The texts of some rows, as one string of bytes and their lengths."""
+        column = batch.column(self._column)
         missing = np.asarray(column.is_null())
         texts = column.cast(self._arrow.large_string()).fill_null("")
         _, offset_bytes, values = texts.buffers()

@@ -10,8 +10,9 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Data, Experiment, Source
 from megatron_moe.config.sources import key_of, sources_of, texts_of
 from megatron_moe.data.existing import check_token_files
-from megatron_moe.data.from_text import is_trained_here, load, naming, prepare_text, prepare_tokenizer
+from megatron_moe.data.from_text import is_trained_here, load, prepare_text, prepare_tokenizer
 from megatron_moe.data.indexed import open_token_files
+from megatron_moe.data.made_here import naming
 from megatron_moe.data.manifest import Manifest
 from megatron_moe.data.parts import check_parts
 from megatron_moe.data.tokenizers import Tokenizer

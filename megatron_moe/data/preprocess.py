@@ -8,38 +8,26 @@ the manifest last.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import functools
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from megatron_moe.config.errors import InputError, RunError, not_written, one_line
+from megatron_moe.config.errors import InputError, not_written, one_line
 from megatron_moe.data.cutting import Cuts
 from megatron_moe.data.documents import BadRecords, Chunk, Unit
-from megatron_moe.data.encode import (
-    FIRST_NAMED,
-    Encoded,
-    Encoder,
-    encode_chunk,
-    encode_in_worker,
-    start_worker,
-)
+from megatron_moe.data.encode import FIRST_NAMED, Encoded, Encoder, encode_chunk
 from megatron_moe.data.indexed import TokenWriter, bin_path, idx_path, token_dtype
 from megatron_moe.data.inputs import open_input
 from megatron_moe.data.manifest import Manifest, Source, manifest_path, write_manifest
 from megatron_moe.data.progress import reading_progress
 from megatron_moe.data.staging import staging, sync_folder
 from megatron_moe.data.tokenizers import Tokenizer
-
-_BYTES_A_WORKER = 8 << 20
-"""Input below this is not worth another process."""
+from megatron_moe.data.workers import default_workers, in_order
 
 
 def preprocess(
@@ -69,7 +57,8 @@ def preprocess(
             # A file that may have to be left out as a whole is read as a whole.
             cuts = tokenizer.cuts if bad_records == "error" else "nowhere"
             reader = _Reader(inputs, json_key, documents, cuts, show)
-            parts = _encoded(encoder, reader.chunks(), workers or _default_workers(total_bytes))
+            work = functools.partial(encode_chunk, encoder)
+            parts = in_order(work, reader.chunks(), workers or default_workers(total_bytes))
             try:
                 manifest = _write(staged, encoder, parts, reader.sources)
                 _publish(staged, prefix)
@@ -115,33 +104,6 @@ def _checked_size(path: str, json_key: str) -> int:
     return os.path.getsize(path)
 
 
-def _default_workers(total_bytes: int) -> int:
-    return max(1, min(len(os.sched_getaffinity(0)), total_bytes // _BYTES_A_WORKER))
-
-
-def _encoded(encoder: Encoder, chunks: Iterator[Chunk], workers: int) -> Iterator[Encoded]:
-    """Each chunk's tokens, in order."""
-    if workers == 1:
-        yield from (encode_chunk(encoder, chunk) for chunk in chunks)
-        return
-    # Spawned, because a fork of a process with threads (a progress bar, torch) may hang.
-    context = multiprocessing.get_context("spawn")
-    pending: deque[Future[Encoded]] = deque()
-    with ProcessPoolExecutor(workers, context, initializer=start_worker, initargs=(encoder,)) as pool:
-        try:
-            for chunk in chunks:
-                pending.append(pool.submit(encode_in_worker, chunk))
-                if len(pending) > 4 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise RunError("a worker process died, perhaps for want of memory; try fewer workers") from None
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 def _write(prefix: Path, encoder: Encoder, parts: Iterator[Encoded], sources: list[Source]) -> Manifest:
     """Write all three files. `sources` is complete once `parts` ends."""
     tokenizer = encoder.tokenizer
@@ -166,7 +128,7 @@ def _write(prefix: Path, encoder: Encoder, parts: Iterator[Encoded], sources: li
             else "no documents"
         )
         raise InputError(f"{shown}: {why}; give files that hold text")
-    _tell_skipped(bad_records, first_bad)
+    tell_skipped(bad_records, first_bad)
     manifest = Manifest(
         tokenizer_kind=tokenizer.kind,
         tokenizer_sha256=tokenizer.sha256,
@@ -186,7 +148,8 @@ def _write(prefix: Path, encoder: Encoder, parts: Iterator[Encoded], sources: li
     return manifest
 
 
-def _tell_skipped(count: int, first: Sequence[str]) -> None:
+def tell_skipped(count: int, first: Sequence[str]) -> None:
+    """Say how many records were left out, and what is wrong with the first ones."""
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     for problem in first:
         console.print(f"skipped {one_line(problem)}")
