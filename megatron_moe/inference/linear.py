@@ -1,0 +1,47 @@
+"""Matrix products of inference, without what training needs around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear(torch.nn.Module):
+    """Stands where Megatron-Core has a ColumnParallelLinear or RowParallelLinear, with its weights and its
+    way of giving back a bias that others add.
+
+    Theirs make ready for gradients, counting on overlap, at each call; for one token that takes longer than
+    the product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, returns_bias: bool, group: Any = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.added = None if returns_bias else bias
+        self.returned = bias if returns_bias else None
+        self.group = group
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[.., in] -> [.., out], and the bias where it is left to others."""
+        if self.group is None:
+            return F.linear(x, self.weight, self.added), self.returned
+        output = F.linear(x, self.weight)
+        dist.all_reduce(output, group=self.group)
+        return output if self.added is None else output + self.added, self.returned
+
+
+def lighten(model: torch.nn.Module) -> None:
+    """Put these into the place of all parallel linear layers of a model that only infers."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name == "output_layer" or not isinstance(child, (ColumnParallelLinear, RowParallelLinear)):
+                continue
+            sums = isinstance(child, RowParallelLinear) and child.tp_group.size() > 1
+            group = child.tp_group if sums else None
+            setattr(parent, name, Linear(child.weight, child.bias, child.skip_bias_add, group))
