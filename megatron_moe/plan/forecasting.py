@@ -12,8 +12,9 @@ from megatron_moe.plan.forecast import Forecast, MemoryForecast, RankForecast
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.limits import limits_of
 from megatron_moe.plan.profile import Profile
+from megatron_moe.plan.schedules.long_iterations import simulate
 from megatron_moe.plan.schedules.orders import ScheduleName
-from megatron_moe.plan.schedules.simulation import StageTimes, simulate
+from megatron_moe.plan.schedules.simulation import StageTimes
 from megatron_moe.plan.schedules.timeline import Timeline
 from megatron_moe.plan.stage_units import StageCost, stage_cost
 from megatron_moe.plan.stages import Stage

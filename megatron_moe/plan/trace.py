@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_moe.plan.forecast import Forecast
-from megatron_moe.plan.schedules import Timeline
+from megatron_moe.plan.schedules import LeftOut, Timeline
 
-Category = Literal["forward", "backward", "wait", "communication", "gradients", "optimizer"]
+Category = Literal["forward", "backward", "wait", "communication", "gradients", "optimizer", "left out"]
 Lane = Literal["computation", "communication"]
 
 LANES: tuple[Lane, ...] = ("computation", "communication")
@@ -110,9 +110,9 @@ def planned_events(
     for passes in of_rank:
         events += passes
         # Chunks of one rank hand on what they make without a message.
-        events += _communication(
-            passes, len(recompute_s), transfer_s if ranks > 1 else 0.0, timeline.makespan_s
-        )
+        sent_s = transfer_s if ranks > 1 else 0.0
+        events += _communication(passes, len(recompute_s), sent_s, timeline.makespan_s, timeline.left_out)
+        events += _left_out(passes, timeline.left_out)
         events += _update(passes[0].pipeline_rank, timeline.makespan_s, forecast)
     return events
 
@@ -131,13 +131,16 @@ def _passes(timeline: Timeline, recompute_s: Sequence[float]) -> Iterator[Event]
 
 
 def _communication(
-    passes: Sequence[Event], num_stages: int, transfer_s: float, end_s: float
+    passes: Sequence[Event], num_stages: int, transfer_s: float, end_s: float, left_out: LeftOut | None
 ) -> Iterator[Event]:
     """Sends to other stages, and waits: the time in which a rank neither computes nor sends. Of two sends at
     the same time the later is shown from the other's end on."""
     rank, computed_s, sent_s = passes[0].pipeline_rank, 0.0, 0.0
     for event in passes:
-        yield from _wait(rank, max(computed_s, sent_s), event.start_s, end_s)
+        if left_out and computed_s < left_out.start_s + left_out.seconds <= event.start_s:
+            yield from _wait(rank, max(computed_s, sent_s), event.start_s - left_out.seconds, end_s)
+        else:
+            yield from _wait(rank, max(computed_s, sent_s), event.start_s, end_s)
         computed_s = event.start_s + event.duration_s
         stage, is_forward = int(event.args["stage"]), event.name.startswith("F")
         if not transfer_s or event.name.startswith("W") or stage == (num_stages - 1 if is_forward else 0):
@@ -148,6 +151,23 @@ def _communication(
             f"send {event.name}", "communication", rank, "communication", start_s, sent_s - start_s, to_stage
         )
     yield from _wait(rank, max(computed_s, sent_s), end_s, end_s)
+
+
+def _left_out(passes: Sequence[Event], left_out: LeftOut | None) -> Iterator[Event]:
+    """One event in the place of passes that repeat those before it."""
+    if left_out is None:
+        return
+    until_s = min(event.start_s for event in passes if event.start_s >= left_out.start_s + left_out.seconds)
+    name = f"{left_out.microbatches:,} microbatches as before"
+    yield Event(
+        name,
+        "left out",
+        passes[0].pipeline_rank,
+        "computation",
+        until_s - left_out.seconds,
+        left_out.seconds,
+        {"microbatches": left_out.microbatches},
+    )
 
 
 def _wait(rank: int, start_s: float, end_s: float, whole_s: float) -> Iterator[Event]:

@@ -75,6 +75,9 @@ def test_a_short_iteration_is_shown_whole_and_a_long_one_in_pieces() -> None:
     assert windows[0][0] == 0 and windows[-1][1] == pytest.approx(found.end.max())
     assert all(before[1] < after[0] for before, after in pairwise(windows))
     assert sum(end - start for start, end in windows) < 0.3 * found.end.max()
+    windows, found = shown(1_000_000)
+    for window in windows:
+        assert found.within(window).of("forward").any(), "what is left out is not shown"
     begun = found.within(windows[0])
     assert {0, 1} <= set(begun.microbatch[begun.of("backward")]), "the filling of the pipeline is seen whole"
 

@@ -73,6 +73,23 @@ def test_no_interleaved_placement_that_fits_is_faster(request: Request) -> None:
     assert_is_fastest(request)
 
 
+@settings(max_examples=8)
+@given(requests(chunks=1) | requests(chunks=2))
+def test_of_a_million_microbatches_the_slowest_rank_is_as_fast_as_any_placement_makes_it(
+    request: Request,
+) -> None:
+    """Most of them are not simulated; what counts is the pace, and a filling of the pipeline is 1e-5 here."""
+    request = replace(request, num_microbatches=1_000_000 // request.pipeline_size * request.pipeline_size)
+    spans = {(layers, recompute): makespan for layers, recompute, makespan in all_placements(request)}
+    if not spans:
+        return
+    found, shortest = placed(request), min(spans.values())
+    assert spans[found.layers_per_stage, found.recompute_per_rank] == pytest.approx(shortest, rel=5e-5)
+    assert found.bound_s <= shortest * (1 + 1e-9)
+    if request.chunks == 1:
+        assert found.makespan_s == pytest.approx(shortest, rel=5e-5)
+
+
 @settings(max_examples=40)
 @given(requests(chunks=1), st.data())
 def test_of_fixed_layers_only_the_recomputation_is_placed(request: Request, data: st.DataObject) -> None:

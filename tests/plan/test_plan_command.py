@@ -15,6 +15,7 @@ import pytest
 from plan_experiments import filled
 
 from megatron_moe.config.loading import load
+from megatron_moe.config.schema import Experiment
 from megatron_moe.plan import wording
 from megatron_moe.plan.costs.parameters import FORMULA
 from megatron_moe.plan.plan import make
@@ -74,6 +75,29 @@ def test_a_large_plan_fits_a_terminal_and_cuts_nothing_off(
     assert [row[1] for row in rows_under(text, "Memory of each rank")] == [
         str(rank.in_flight) for rank in make(LARGE).forecast.ranks
     ]
+
+
+def test_an_iteration_too_long_to_simulate_is_said_to_be_extended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ten million microbatches take as long as 10,000 times a thousand, but for filling the pipeline once."""
+    text = printed(capsys, of_microbatches(10_000_000), schedules=True)
+    assert "Of 10,000,000 microbatches the first and the last ones are simulated" in text
+    assert "are simulated" not in printed(capsys, of_microbatches(1000))
+    long, short = (make(of_microbatches(count)).forecast for count in (10_000_000, 1000))
+    assert long.pipeline_s == pytest.approx(10_000 * short.pipeline_s, rel=5e-3)
+    assert long.pipeline_s < 10_000 * short.pipeline_s
+    assert [rank.in_flight for rank in long.ranks] == [rank.in_flight for rank in short.ranks]
+
+
+def of_microbatches(count: int) -> Experiment:
+    return filled(
+        parallel={"pipeline_model_parallel_size": 2},
+        pipeline={"layers_per_stage": "auto"},
+        recompute={"layers_per_stage": [0, 0]},
+        training={"global_batch_size": count},
+        data={"kind": "mock"},
+    )
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "mixtral_8x7b", "deepseek_v3"])

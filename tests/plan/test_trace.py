@@ -108,6 +108,35 @@ def test_a_pass_begins_behind_the_send_of_its_input() -> None:
             assert event.start_s >= before.start_s + before.duration_s - 1e-12
 
 
+def test_a_long_iteration_is_traced_with_one_gap() -> None:
+    """On each rank an event stands for what is left out, and nothing else runs meanwhile."""
+    experiment = filled(
+        parallel={"pipeline_model_parallel_size": 2},
+        pipeline={"layers_per_stage": [3, 1]},
+        recompute={"layers_per_stage": [0, 0]},
+        training={"global_batch_size": 1_000_000},
+    )
+    plan = make(experiment)
+    iteration = command.iteration_of(experiment, plan)
+    events = command.planned_events(
+        iteration.timeline, plan.forecast, iteration.recompute_s, iteration.transfer_s
+    )
+    gaps = [event for event in events if event.category == "left out"]
+    assert [gap.pipeline_rank for gap in gaps] == [0, 1]
+    for gap in gaps:
+        behind = gap.start_s + gap.duration_s
+        here = [event for event in events if event.pipeline_rank == gap.pipeline_rank and event is not gap]
+        rounding = 1e-9 * behind
+        for event in here:
+            is_before = event.start_s + event.duration_s <= gap.start_s + rounding
+            # A send may still be under way while what is left out begins.
+            assert is_before or event.start_s >= behind - rounding or event.category == "communication"
+        forwards = sum(event.category == "forward" for event in here)
+        assert forwards + gap.args["microbatches"] == 1_000_000
+    waits = sum(event.duration_s for event in events if event.category == "wait")
+    assert waits < 0.5 * plan.forecast.pipeline_s
+
+
 def test_processes_and_threads_have_names_and_places() -> None:
     events = [Event("F0", "forward", rank, "computation", 0.0, 1.0, {"chunk": 0}) for rank in (1, 0)] + [
         Event("send F0", "communication", 0, "communication", 1.0, 0.5)

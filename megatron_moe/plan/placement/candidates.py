@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_moe.plan.placement.rank_choices import RankChoice, RankChoices
+from megatron_moe.plan.schedules.long_iterations import SIMULATED_WHOLE
 from megatron_moe.plan.schedules.many import makespans
 from megatron_moe.plan.schedules.orders import ScheduleName
 
@@ -17,6 +18,9 @@ Layers = tuple[int, ...]
 
 _ROUNDS = 4
 """Each with PP microbatches of an interleaved schedule: so many tell which placement is better."""
+
+_OF_LONG = 1024
+"""Of so many microbatches that no pass is left out (`SIMULATED_WHOLE`), about these are simulated."""
 
 TIE = 1e-9
 """Makespans that differ by less, relatively, are equal: rounding."""
@@ -32,8 +36,21 @@ class Candidates:
         self.num_stages = choices.num_stages
         self.num_layers = len(choices.units.layers)
         self.num_microbatches = num_microbatches
+        self.simulated = num_microbatches
+        """Microbatches; the others count at the pace of the slowest ranks."""
+        if self.is_long:
+            self.simulated = max(_OF_LONG // self.pipeline_size, 2 * _ROUNDS) * self.pipeline_size
         self.transfer_s = choices.units.transfer_s if self.pipeline_size > 1 else 0.0
         self.schedule: ScheduleName = "1f1b" if self.chunks == 1 else "interleaved"
+
+    @property
+    def is_long(self) -> bool:
+        """Whether an iteration has more microbatches than are simulated."""
+        return self.num_microbatches > SIMULATED_WHOLE
+
+    def shortened(self) -> Candidates:
+        """The same with the microbatches that are simulated."""
+        return Candidates(self.choices, self.simulated)
 
     def with_choices(self, choices: RankChoices) -> Candidates:
         """The same for ranks under other conditions."""
@@ -113,20 +130,40 @@ class Candidates:
 
     def makespans(self, placements: Sequence[Layers]) -> Seconds:
         """Of each placement."""
-        forward, backward = self._seconds(placements)
-        return self._simulated(forward, backward, self.num_microbatches)
+        return self._spans(placements, self.simulated)
 
     def estimates(self, placements: Sequence[Layers]) -> Seconds:
         """The makespans; those of an interleaved schedule with many microbatches from one with fewer, the
         others at the slowest rank's pace."""
-        fewer = self.num_microbatches
+        fewer = self.simulated
         if self.chunks > 1:
             fewer = min(fewer, _ROUNDS * self.pipeline_size)
+        return self._spans(placements, fewer)
+
+    def _spans(self, placements: Sequence[Layers], simulated: int) -> Seconds:
+        """Makespans, of which so many microbatches are simulated and the others take the slowest's pace."""
         forward, backward = self._seconds(placements)
-        spans = self._simulated(forward, backward, fewer)
-        pace = (forward + backward).reshape(self.chunks, self.pipeline_size, -1).sum(axis=0).max(axis=0)
-        result: Seconds = spans + (self.num_microbatches - fewer) * pace
-        return result
+        spans = makespans(self.schedule, forward, backward, self.pipeline_size, simulated, self.transfer_s)
+        if simulated < self.num_microbatches:
+            spans = spans + (self.num_microbatches - simulated) * self._pace(forward + backward)
+        return spans
+
+    def _pace(self, both: Seconds) -> Seconds:
+        """Seconds of a microbatch on the slowest rank; of 1F1B also of neighbours that wait for each other,
+        in turn, with the transfers between.
+
+        Args:
+            both: forward and backward of each stage: [stages, placements].
+        """
+        import numpy as np
+
+        pace: Seconds = both.reshape(self.chunks, self.pipeline_size, -1).sum(axis=0).max(axis=0)
+        if self.chunks == 1 and self.transfer_s:
+            before = np.vstack([np.zeros_like(both[:1]), np.cumsum(both, axis=0)])
+            for together in range(2, self.pipeline_size + 1):
+                around = before[together:] - before[:-together] + 2 * (together - 1) * self.transfer_s
+                np.maximum(pace, around.max(axis=0) / together, out=pace)
+        return pace
 
     def _seconds(self, placements: Sequence[Layers]) -> tuple[Seconds, Seconds]:
         """Forward and backward of each stage: [stages, placements]."""
@@ -140,11 +177,6 @@ class Candidates:
                     forward[chunk * self.pipeline_size + rank, column] = cost.forward_s
                     backward[chunk * self.pipeline_size + rank, column] = cost.backward_s
         return forward, backward
-
-    def _simulated(self, forward: Seconds, backward: Seconds, num_microbatches: int) -> Seconds:
-        return makespans(
-            self.schedule, forward, backward, self.pipeline_size, num_microbatches, self.transfer_s
-        )
 
     def neighbours(self, layers: Layers) -> Iterator[Layers]:
         """Those with one layer more on one stage and one less on another."""

@@ -29,7 +29,7 @@ def fastest_interleaved(candidates: Candidates, known: Layers) -> tuple[Layers, 
         return best, shortest
     search = _Enumeration(candidates, bounds, shortest)
     found = search.placements()
-    left = _PASSES / (2 * candidates.num_stages * candidates.num_microbatches)
+    left = _PASSES / (2 * candidates.num_stages * candidates.simulated)
     while left > 0 and (batch := list(islice(found, _AT_ONCE))):
         left -= len(batch)
         spans = candidates.makespans(batch)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_moe.plan.placement.candidates import Candidates, Layers
+from megatron_moe.plan.placement.candidates import TIE, Candidates, Layers
 from megatron_moe.plan.placement.exact_search import fastest
 from megatron_moe.plan.placement.fitting import NothingFits, fitting, nothing_fits
 from megatron_moe.plan.placement.interleaved_bounds import LoadBounds
 from megatron_moe.plan.placement.interleaved_search import fastest_interleaved
 from megatron_moe.plan.placement.local_search import improve
 from megatron_moe.plan.placement.rank_choices import RankChoices
+from megatron_moe.plan.placement.stage_options import least_slowest
 from megatron_moe.plan.units import Units
 
 __all__ = ["NothingFits", "Placement", "place"]
@@ -92,10 +93,22 @@ def _fastest(candidates: Candidates, start: Layers) -> tuple[Layers, float]:
     near = improve(candidates, start)
     if candidates.num_layers > _PROVABLE:
         return near, _least_s(candidates)
+    if candidates.is_long and candidates.chunks == 1:
+        return _fastest_of_long(candidates, near)
     search = fastest if candidates.chunks == 1 else fastest_interleaved
     best, bound = search(candidates, near)
     # Of equally fast ones the search takes whichever it meets first.
     return (best if best == near else improve(candidates, best)), bound
+
+
+def _fastest_of_long(candidates: Candidates, near: Layers) -> tuple[Layers, float]:
+    """From the fastest placement of a shorter iteration; no one has a faster slowest rank than the bound."""
+    found, _ = fastest(candidates.shortened(), near)
+    both = [near, improve(candidates, found)]
+    spans = candidates.makespans(both)
+    best = both[int(spans.argmin())]
+    pace_s = least_slowest(candidates, float(spans.min()) / candidates.num_microbatches * (1 + TIE))
+    return best, min(candidates.num_microbatches * pace_s, float(spans.min()))
 
 
 def _least_s(candidates: Candidates) -> float:

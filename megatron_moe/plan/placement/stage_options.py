@@ -84,6 +84,21 @@ def options_of(candidates: Candidates, slowest_s: float) -> list[StageOptions]:
     return tables
 
 
+def least_slowest(candidates: Candidates, slowest_s: float) -> float:
+    """Seconds of a microbatch on the slowest rank of the placement in which that is least.
+
+    Args:
+        slowest_s: as much as in a placement that is known, at least.
+    """
+    import numpy as np
+
+    least = np.full(candidates.num_layers + 1, np.inf)
+    least[candidates.num_layers] = 0.0
+    for table in reversed(options_of(candidates, slowest_s)):
+        least = _least(table, np.maximum(table.both_s, least[table.following]))
+    return float(least[0])
+
+
 def rests_of(
     options: list[StageOptions], num_microbatches: int, transfer_s: float, cycles: Seconds
 ) -> list[Rest]:

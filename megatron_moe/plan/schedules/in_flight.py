@@ -6,6 +6,8 @@ from functools import cache
 
 from megatron_moe.plan.schedules.orders import ScheduleName, order_of
 
+_ROUNDS = 4
+
 
 @cache
 def peaks(
@@ -20,7 +22,9 @@ def peaks(
     counts = [0] * chunks
     moments = set()
     was_forward = False
-    for op in order_of(name, rank, pipeline_size, chunks, num_microbatches):
+    # Warm-up takes less than two rounds of PP microbatches, and then each round is as the one before.
+    fewer = min(num_microbatches, _ROUNDS * pipeline_size)
+    for op in order_of(name, rank, pipeline_size, chunks, fewer):
         if was_forward and op.kind == "B":
             moments.add(tuple(counts))
         was_forward = op.kind == "F"

@@ -27,14 +27,14 @@ class StageTimes:
     """Activations from the start of the forward to the end of the last backward pass."""
 
 
-def simulate(
+def simulate_whole(
     name: ScheduleName,
     stages: Sequence[StageTimes],
     pipeline_size: int,
     num_microbatches: int,
     transfer_s: float = 0.0,
 ) -> Timeline:
-    """One iteration.
+    """One iteration, pass by pass.
 
     Args:
         stages: PP x VPP of them in the order in which a token passes them: stage i is chunk i // PP of rank

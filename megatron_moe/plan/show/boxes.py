@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_moe.plan.forecast import Forecast
-from megatron_moe.plan.schedules import Timeline
+from megatron_moe.plan.schedules import LeftOut, Timeline
 
 KINDS = ("forward", "recompute", "backward", "weight gradients", "reduce and gather", "optimizer")
 _NONE = -1
@@ -31,6 +31,7 @@ class Boxes:
         chunk: of the rank.
         microbatch: -1 where it belongs to none.
         start, end: in seconds.
+        left_out: passes that have no box.
     """
 
     kind: np.ndarray
@@ -39,6 +40,7 @@ class Boxes:
     microbatch: np.ndarray
     start: np.ndarray
     end: np.ndarray
+    left_out: LeftOut | None = None
 
     @property
     def ranks(self) -> int:
@@ -96,9 +98,10 @@ def boxes_of(timeline: Timeline, recompute_s: Sequence[float], forecast: Forecas
             stop = np.full(ranks, now)
             columns.append((KINDS.index(name), every, 0 * every, none, np.full(ranks, begin), stop))
     kind = np.concatenate([np.full(len(column[1]), column[0]) for column in columns])
-    return Boxes(
-        kind, *(np.concatenate(parts) for parts in zip(*(column[1:] for column in columns), strict=True))
+    rank, chunk, microbatch, start, end = (
+        np.concatenate(parts) for parts in zip(*(column[1:] for column in columns), strict=True)
     )
+    return Boxes(kind, rank, chunk, microbatch, start, end, timeline.left_out)
 
 
 def windows(boxes: Boxes) -> list[Window]:
@@ -131,4 +134,7 @@ def _of_pipeline(boxes: Boxes, whole: float) -> list[Window]:
     if first + middle + last > 0.85 * whole:
         return [(0.0, whole)]
     center = (first + whole - last) / 2
+    if boxes.left_out is not None:
+        # Of passes that are left out those before them stand in the middle.
+        center = min(center, boxes.left_out.start_s - middle)
     return [(0.0, first), (center - middle / 2, center + middle / 2), (whole - last, whole)]

@@ -12,6 +12,7 @@ from megatron_moe.plan import devices
 from megatron_moe.plan.costs.parameters import FORMULA
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.profile import not_taken
+from megatron_moe.plan.schedules.long_iterations import SIMULATED_WHOLE
 from megatron_moe.plan.show.tables import print_table
 from megatron_moe.plan.wording import SECONDS, count, duration, flops, in_one_unit, number, percent, plural
 
@@ -52,6 +53,11 @@ def _print_iteration(console: Console, plan: Plan) -> None:
         "": [words for _, words in shown.values()],
     }
     print_table(console, columns, left=["an iteration", ""])
+    if plan.num_microbatches > SIMULATED_WHOLE:
+        console.print(
+            f"Of {plan.num_microbatches:,} microbatches the first and the last ones are simulated; those "
+            "between repeat them at a steady pace.\n"
+        )
 
 
 def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:

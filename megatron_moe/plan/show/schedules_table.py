@@ -8,7 +8,7 @@ from rich.console import Console
 
 from megatron_moe.plan.iteration import Iteration
 from megatron_moe.plan.plan import Plan
-from megatron_moe.plan.schedules import ScheduleName, StageTimes, Timeline, simulate
+from megatron_moe.plan.schedules import Extent, ScheduleName, StageTimes, extent
 from megatron_moe.plan.show.tables import print_table
 from megatron_moe.plan.wording import BYTES, SECONDS, in_one_unit, percent
 
@@ -25,14 +25,14 @@ _CHUNKS = 2
 def print_schedules(console: Console, plan: Plan, iteration: Iteration) -> None:
     """One row for each schedule that can run the plan's microbatches."""
     found = dict(compared(plan, iteration))
-    unit, seconds = in_one_unit([timeline.makespan_s for timeline in found.values()], SECONDS, digits=4)
-    kept = [max(timeline.peak_kept_bytes) for timeline in found.values()]
+    unit, seconds = in_one_unit([whole.makespan_s for whole in found.values()], SECONDS, digits=4)
+    kept = [max(whole.peak_kept_bytes) for whole in found.values()]
     bytes_unit, size = in_one_unit(kept, BYTES, digits=4)
     taken = _TITLES["interleaved" if plan.layout.virtual_pipeline_model_parallel_size > 1 else "1f1b"]
     columns = {
         "schedule": list(found),
-        f"pipeline\n{unit}": [seconds(timeline.makespan_s) for timeline in found.values()],
-        "idle": [percent(timeline.bubble) for timeline in found.values()],
+        f"pipeline\n{unit}": [seconds(whole.makespan_s) for whole in found.values()],
+        "idle": [percent(whole.bubble) for whole in found.values()],
         f"most activations\n{bytes_unit}": list(map(size, kept)),
         "": ["planned" if name.startswith(taken) else "" for name in found],
     }
@@ -45,7 +45,7 @@ def print_schedules(console: Console, plan: Plan, iteration: Iteration) -> None:
     console.print(" ".join(notes) + "\n")
 
 
-def compared(plan: Plan, iteration: Iteration) -> Iterator[tuple[str, Timeline]]:
+def compared(plan: Plan, iteration: Iteration) -> Iterator[tuple[str, Extent]]:
     """Name and one iteration of each. Stages without chunks are cut in halves for the interleaved one."""
     pipeline_size, microbatches = plan.layout.pipeline_model_parallel_size, plan.num_microbatches
     chunks = plan.layout.virtual_pipeline_model_parallel_size
@@ -57,7 +57,7 @@ def compared(plan: Plan, iteration: Iteration) -> Iterator[tuple[str, Timeline]]
                 continue
             stages = iteration.times if chunks > 1 else [_part(stage) for stage in whole] * _CHUNKS
             title += f", VPP {chunks if chunks > 1 else _CHUNKS}"
-        yield title, simulate(name, stages, pipeline_size, microbatches, iteration.transfer_s)
+        yield title, extent(name, stages, pipeline_size, microbatches, iteration.transfer_s)
 
 
 def _sum(stages: Sequence[StageTimes]) -> StageTimes:

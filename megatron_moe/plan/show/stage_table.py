@@ -14,10 +14,12 @@ from megatron_moe.plan.forecast import MemoryForecast
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.show.tables import print_table
 from megatron_moe.plan.stages import Stage
-from megatron_moe.plan.wording import BYTES, SECONDS, count, in_one_unit, number_list, plural
+from megatron_moe.plan.wording import BYTES, SECONDS, count, in_one_unit, number_list, percent, plural
 from megatron_moe.plan.wording import memory as memory_of
 
 _ROUNDING = 1e-6
+_SHOWN = 5e-4
+"""Smaller gaps have no digit that is printed."""
 _SHOWN_CHUNKS = 4
 _TOO_MUCH = "[bold red]{} ![/]"
 
@@ -96,6 +98,8 @@ def _proof(plan: Plan) -> str:
         return ""
     if plan.placement_gap < _ROUNDING:
         return "; none that fits is faster"
+    if plan.placement_gap < _SHOWN:
+        return f"; none is {percent(2 * _SHOWN)} faster"
     return f"; one that is up to {100 * plan.placement_gap:.1f} % faster may exist"
 
 
