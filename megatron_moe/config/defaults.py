@@ -178,6 +178,16 @@ def _kv_channels(e: Experiment, world_size: int | None) -> int:
     return e.model.hidden_size // e.model.num_attention_heads
 
 
+def _group_score_topk(e: Experiment, world_size: int | None) -> int | None:
+    """In DeepSeek-V2 a group's largest score, in DeepSeek-V3 the sum of those that would come out of it."""
+    assert e.moe is not None
+    if e.moe.moe_router_group_topk is None:
+        return None
+    if e.moe.moe_router_score_function == "softmax":
+        return 1
+    return max(1, e.moe.moe_router_topk // e.moe.moe_router_group_topk)
+
+
 def _vocab_size(e: Experiment, world_size: int | None) -> int:
     tokenizer = e.data.tokenizer
     if tokenizer.kind == "bytes":
@@ -310,6 +320,11 @@ def _per_token_loss(e: Experiment, world_size: int | None) -> bool:
     return instruction is not None and instruction.weighting == "token"
 
 
+def _lora_alpha(e: Experiment, world_size: int | None) -> float:
+    assert e.training.lora is not None
+    return 2.0 * e.training.lora.rank
+
+
 DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("model.num_query_groups", lambda e, _: e.model.num_attention_heads),
     ("model.kv_channels", _kv_channels),
@@ -319,6 +334,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("moe.moe_ffn_hidden_size", _moe_ffn_hidden_size),
     ("moe.moe_expert_activation", lambda e, _: e.model.activation),
     ("moe.moe_input_jitter_eps", _moe_input_jitter_eps),
+    ("moe.moe_router_group_score_topk", _group_score_topk),
     ("moe.moe_num_device_groups", _moe_num_device_groups),
     ("moe.moe_eval_capacity_factor", _moe_eval_capacity_factor),
     ("parallel.virtual_pipeline_model_parallel_size", lambda e, _: 1),
@@ -335,6 +351,7 @@ DERIVED_KEYS: list[tuple[str, Callable[[Experiment, int | None], Any]]] = [
     ("optimizer.lr_warmup_iters", _warmup_iters),
     ("optimizer.lr_wsd_decay_iters", _wsd_decay_iters),
     *CLUSTER_KEYS,
+    ("training.lora.alpha", _lora_alpha),
 ]
 
 

@@ -14,6 +14,7 @@ from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.assembly import assemble
 from megatron_moe.plan.batch_ramp import num_microbatches
+from megatron_moe.plan.costs import trained
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.placement import placement
 from megatron_moe.plan.profile import Profile, profile_of
@@ -30,9 +31,10 @@ def has_auto(experiment: Experiment) -> bool:
 def resolve(loaded: Loaded) -> Loaded:
     """The experiment with lists in the places of `auto`, and where they come from.
 
-    Raises InputError where no placement fits the memory.
+    Raises InputError where no placement fits the memory, and where `training.freeze` means no weights.
     """
     experiment = loaded.experiment
+    trained.check(experiment)
     if not has_auto(experiment):
         return loaded
     planned = [_LAYERS] * layers_are_placed(experiment)
@@ -64,8 +66,10 @@ def place(experiment: Experiment, measured: Profile | None, prove: bool = True) 
         measured: what takes the place of the models' times and bytes.
         prove: that the placement is the fastest; see `placement.place`.
 
-    Raises InputError where no placement fits the memory, or what is fixed does not go with what was found.
+    Raises InputError where no placement fits the memory, or what is fixed does not go with what was found, or
+    `training.freeze` means no weights.
     """
+    trained.check(experiment)
     if not has_auto(experiment):
         return Placed(experiment, None)
     layout, cluster = Layout.of(experiment), Cluster.of(experiment)

@@ -19,7 +19,7 @@ from megatron_moe.config.schema.moe import MoE
 from megatron_moe.config.schema.parallel import Parallel, Pipeline, Recompute
 from megatron_moe.config.schema.run import Checkpoint, Cluster, Launch, Logging, Resilience, WandB
 from megatron_moe.config.schema.section import InputPath, Section
-from megatron_moe.config.schema.training import Optimizer, Training
+from megatron_moe.config.schema.training import Lora, Optimizer, Training
 
 __all__ = [
     "Checkpoint",
@@ -30,6 +30,7 @@ __all__ = [
     "Instruction",
     "Launch",
     "Logging",
+    "Lora",
     "MoE",
     "Model",
     "MultiLatentAttention",

@@ -24,6 +24,10 @@ class Checkpoint(Section):
     """Save every so many iterations. The end of a run is always saved. Default: only the end."""
     keep: PositiveInt | None = None
     """Checkpoints to keep, the newest ones. Default: all."""
+    initialize_from: InputPath | None = None
+    """Where the first weights come from: an imported folder, a checkpoint, a run folder (its newest
+    checkpoint) or a Hugging Face folder. Optimizer and data begin anew. A run that has checkpoints of its own
+    goes on from those. Default: weights are drawn."""
 
 
 class WandB(Section):
@@ -47,6 +51,9 @@ class Logging(Section):
     detail_interval: PositiveInt = 10
     """Every so many iterations metrics.jsonl also holds lists with one entry a layer, and the log says how
     much of the experts' communication was hidden."""
+    expert_similarity: bool = False
+    """With these lists, also how alike the experts of each layer are: the mean cosine between the weights of
+    two of them. What upcycled experts have in common falls as they specialise."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, to `tensorboard/` in the run folder. Needs
     `pip install 'megatron-moe[tensorboard]'`."""

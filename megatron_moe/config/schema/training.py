@@ -72,8 +72,26 @@ class Optimizer(Section):
     """Part of the state that is offloaded, at least: whole weights are."""
 
 
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021): only these are trained, all other weights stay as they are. A
+    matrix W becomes W + (alpha / rank) B A, with B zero at first, so that training begins with the model as
+    it was. Checkpoints hold both; `megatron-moe export` adds them up."""
+
+    rank: PositiveInt
+    """Rows of A, columns of B."""
+    alpha: PositiveFloat | None = None
+    """Over the rank, what B A is multiplied by. Default: twice the rank."""
+    dropout: Fraction = 0.0
+    """Of what goes into A. The same tokens' elements are dropped in every layout."""
+    targets: Annotated[
+        list[Literal["attention", "mlp", "shared_experts", "experts"]], Field(min_length=1)
+    ] = Field(default_factory=lambda: ["attention"])
+    """What gets adapters: the projections of attention, dense feed-forward layers, shared experts, routed
+    experts (an A and a B for each matrix of each expert)."""
+
+
 class Training(Section):
-    """How long, how much at once, and in which precision."""
+    """How long, how much at once, what of it, and in which precision."""
 
     train_iters: PositiveInt
     """Optimizer steps in all."""
@@ -102,6 +120,13 @@ class Training(Section):
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to the fp32 buffer inside the matrix product. Needs apex's
     fused_weight_gradient_mlp_cuda, also beside Transformer Engine, and a GPU."""
+    freeze: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Weights that are not trained: groups (router, experts, shared_experts, mlp, attention, norms,
+    embeddings, output) and shell patterns of names in the checkpoint, such as `decoder.layers.[0-3].*`.
+    Default: none."""
+    lora: Lora | None = None
+    """Train small matrices beside the model's instead of these. Leave the section out to train all
+    weights."""
     eval_interval: PositiveInt | None = None
     """Evaluate on the validation part every so many iterations, and at the end. Default: never."""
     eval_iters: PositiveInt = 10

@@ -12,7 +12,9 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs.activations import activations
 from megatron_moe.plan.costs.parameters import padded_vocab_size
 from megatron_moe.plan.costs.precision import element_size
-from megatron_moe.plan.costs.weights import Weights, on_a_rank, shared_word_embedding, weights_of
+from megatron_moe.plan.costs.trained import Trained
+from megatron_moe.plan.costs.weight import Weights
+from megatron_moe.plan.costs.weights import on_a_rank, shared_word_embedding, weights_of
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.units import Kind, StaticBytes
 
@@ -26,7 +28,8 @@ _STATE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 
 def static_bytes(experiment: Experiment, layout: Layout, kind: Kind) -> StaticBytes:
     """Of one piece on one rank, for `mtp` without its copy of the embedding."""
-    return _bytes_of(weights_of(experiment, kind, padded_vocab_size(experiment)), experiment, layout)
+    weights = weights_of(experiment, kind, padded_vocab_size(experiment))
+    return _bytes_of(weights, experiment, layout, kind)
 
 
 def shared_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
@@ -35,7 +38,7 @@ def shared_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
     if experiment.model.untie_embeddings_and_output_weights:
         return StaticBytes(0, 0, 0)
     weights = [shared_word_embedding(experiment, padded_vocab_size(experiment))]
-    return _bytes_of(weights, experiment, layout)
+    return _bytes_of(weights, experiment, layout, "embedding")
 
 
 def mtp_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
@@ -46,19 +49,25 @@ def mtp_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
     return static_bytes(experiment, layout, "embedding")
 
 
-def _bytes_of(weights: list[Weights], experiment: Experiment, layout: Layout) -> StaticBytes:
-    dense = experts = 0
+def _bytes_of(weights: list[Weights], experiment: Experiment, layout: Layout, kind: Kind) -> StaticBytes:
+    """Gradients and states are those of trained weights alone."""
+    trained = Trained.of(experiment)
+    held = dense = experts = 0
     for weight in weights:
         count = -(-on_a_rank(weight, layout) // _ALIGNED) * _ALIGNED
+        held += count
+        if not trained.holds(kind, weight):
+            continue
         if weight.split == "expert":
             experts += count
         else:
             dense += count
-    held, size = dense + experts, element_size(experiment)
+    size = element_size(experiment)
     replicas = layout.data_parallel_size * layout.context_parallel_size
     sharded = dense / replicas + experts / layout.expert_data_parallel_size
     of_gradient = 4 if experiment.parallel.grad_reduce_in_fp32 else size
-    return StaticBytes(held * size, held * of_gradient, sharded * _state_size(experiment, size))
+    gradients = (dense + experts) * of_gradient
+    return StaticBytes(held * size, gradients, sharded * _state_size(experiment, size))
 
 
 def _state_size(experiment: Experiment, element: int) -> float:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.costs.weights import Weights, on_a_rank, shared_word_embedding, weights_of
+from megatron_moe.plan.costs.weight import Weights
+from megatron_moe.plan.costs.weights import on_a_rank, shared_word_embedding, weights_of
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.stages import Stage, moe_layers
 from megatron_moe.plan.units import Kind

@@ -5,35 +5,20 @@ Each entry says how much of it a token passes, and over which ranks it is split.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.model import MultiLatentAttention
 from megatron_moe.config.schema.moe import MoE
+from megatron_moe.plan.costs.adapters import adapters_of
+from megatron_moe.plan.costs.weight import Split, Weights, first_width
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.units import Kind
 
-Split = Literal["no", "tensor", "expert"]
-"""Over nothing, TP, or EP x ETP."""
-
-
-class Weights(NamedTuple):
-    """Parameters of one kind in one piece, before they are split over ranks."""
-
-    total: int
-    active: int
-    """Those that one token passes."""
-    multiplied: int
-    """Those of `active` that are a matrix, which a token multiplies."""
-    split: Split
-    name: str
-    """As the checkpoint calls it, behind the layer's own name: `mlp.linear_fc1.weight`. Those of routed
-    experts are `mlp.experts.linear_fc1.weight`, all together."""
-
 
 def weights_of(experiment: Experiment, kind: Kind, vocab_size: int) -> list[Weights]:
-    """The weights of one piece, for `mtp` those of all multi-token-prediction layers.
+    """The weights of one piece, adapters included, for `mtp` those of all multi-token-prediction layers.
 
     Args:
         vocab_size: as given, or padded.
@@ -64,15 +49,6 @@ def on_a_rank(weights: Weights, layout: Layout) -> int:
 def kind_of_mtp_layers(experiment: Experiment) -> Literal["dense", "moe"]:
     """Of the transformer layer in each multi-token-prediction layer: that of the model's last layer."""
     return "moe" if moe_layers(experiment)[-1] else "dense"
-
-
-def first_width(activation: str, inner_width: int) -> int:
-    """Columns of a feed-forward's first matrix: a gated activation has two halves."""
-    return 2 * inner_width if activation in ("swiglu", "geglu") else inner_width
-
-
-def _option(experiment: Experiment, field: str) -> bool:
-    return bool(experiment.model.megatron_core.get(field, False))
 
 
 def _matrix(name: str, size: int, split: Split = "tensor") -> Weights:
@@ -133,15 +109,20 @@ def _layer(experiment: Experiment, kind: Literal["dense", "moe"]) -> list[Weight
     second = "pre_mlp_layernorm." if kind == "moe" else "mlp.linear_fc1.layer_norm_"
     norms = [part for name in (first, second) for part in _norm(experiment, name, model.hidden_size)]
     if kind == "moe":
-        return norms + attention_weights(experiment) + _mixture(experiment)
+        return [*norms, *attention_weights(experiment), *_mixture(experiment), *adapters_of(experiment, kind)]
     assert model.ffn_hidden_size is not None
-    return norms + attention_weights(experiment) + _feed_forward(experiment, "mlp", model.ffn_hidden_size)
+    feed_forward = _feed_forward(experiment, "mlp", model.ffn_hidden_size)
+    return [*norms, *attention_weights(experiment), *feed_forward, *adapters_of(experiment, kind)]
 
 
 def attention_weights(experiment: Experiment) -> list[Weights]:
     """Those of `weights_of` a layer that are its attention's."""
-    latent = experiment.model.multi_latent_attention
-    return _attention(experiment) if latent is None else _latent_attention(experiment, latent)
+    model, latent = experiment.model, experiment.model.multi_latent_attention
+    weights = _attention(experiment) if latent is None else _latent_attention(experiment, latent)
+    if model.attention_sinks:
+        name = "self_attention.core_attention.softmax_offset"
+        weights.append(_vector(name, model.num_attention_heads, split="tensor"))
+    return weights
 
 
 def _attention(experiment: Experiment) -> list[Weights]:
@@ -155,11 +136,15 @@ def _attention(experiment: Experiment) -> list[Weights]:
         _matrix(f"{at}.linear_qkv.weight", model.hidden_size * qkv_width),
         _matrix(f"{at}.linear_proj.weight", query_width * model.hidden_size),
     ]
-    if _option(experiment, "add_qkv_bias") or _option(experiment, "add_bias_linear"):
+    if model.qkv_bias:
         weights.append(_vector(f"{at}.linear_qkv.bias", qkv_width, split="tensor"))
-    if _option(experiment, "add_bias_linear"):
+    if model.attention_output_bias:
         weights.append(_vector(f"{at}.linear_proj.bias", model.hidden_size))
-    if _option(experiment, "qk_layernorm"):
+    if model.qk_norm == "all_heads":
+        keys = model.num_query_groups * model.kv_channels
+        weights.append(_vector(f"{at}.q_layernorm.weight", query_width, split="tensor"))
+        weights.append(_vector(f"{at}.k_layernorm.weight", keys, split="tensor"))
+    if model.qk_norm == "head":
         weights += _norm(experiment, f"{at}.q_layernorm.", model.kv_channels)
         weights += _norm(experiment, f"{at}.k_layernorm.", model.kv_channels)
     return weights
@@ -188,8 +173,6 @@ def _latent_attention(experiment: Experiment, latent: MultiLatentAttention) -> l
         _matrix(f"{at}.linear_kv_up_proj.weight", latent.kv_lora_rank * of_heads),
         _matrix(f"{at}.linear_proj.weight", heads * latent.v_head_dim * width),
     ]
-    if _option(experiment, "add_bias_linear"):
-        weights.append(_vector(f"{at}.linear_proj.bias", width))
     return weights
 
 
@@ -200,7 +183,7 @@ def _feed_forward(experiment: Experiment, at: str, inner_width: int) -> list[Wei
         _matrix(f"{at}.linear_fc1.weight", hidden_size * columns),
         _matrix(f"{at}.linear_fc2.weight", inner_width * hidden_size),
     ]
-    if _option(experiment, "add_bias_linear"):
+    if experiment.model.mlp_bias:
         weights += [
             _vector(f"{at}.linear_fc1.bias", columns, split="tensor"),
             _vector(f"{at}.linear_fc2.bias", hidden_size),
@@ -221,14 +204,13 @@ def _mixture(experiment: Experiment) -> list[Weights]:
     weights = [
         _matrix(f"mlp.router.{name}", hidden_size * moe.num_moe_experts, split="no") for name in routers
     ]
-    has_biases = _option(experiment, "add_bias_linear")
-    if has_biases and routers:
+    if moe.moe_router_bias:
         weights.append(_vector("mlp.router.bias", moe.num_moe_experts))
     weights += [
         _of_experts(moe, "linear_fc1.weight", hidden_size * columns),
         _of_experts(moe, "linear_fc2.weight", inner_width * hidden_size),
     ]
-    if has_biases:
+    if experiment.model.mlp_bias:
         weights += [
             _of_experts(moe, "linear_fc1.bias", columns, is_matrix=False),
             _of_experts(moe, "linear_fc2.bias", hidden_size, is_matrix=False),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.plan.costs.weights import first_width
+from megatron_moe.plan.costs.weight import first_width
 from megatron_moe.plan.times.kernels import Cost, Kernels
 from megatron_moe.plan.times.work import Work
 

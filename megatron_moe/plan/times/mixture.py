@@ -8,7 +8,7 @@ from math import comb
 from megatron_moe.config.capacity_factor import limit
 from megatron_moe.config.rule import set_value
 from megatron_moe.config.schema.moe import MoE
-from megatron_moe.plan.costs.weights import first_width
+from megatron_moe.plan.costs.weight import first_width
 from megatron_moe.plan.journeys import Journey, Ranks, journeys, taken
 from megatron_moe.plan.times.collectives import all_gather_s, all_to_all_s, exchange_s
 from megatron_moe.plan.times.feed_forward import activation, feed_forward

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs.parameters import padded_vocab_size
 from megatron_moe.plan.costs.precision import element_size
+from megatron_moe.plan.costs.trained import Trained
 from megatron_moe.plan.costs.weights import on_a_rank, shared_word_embedding, weights_of
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.stages import Stage
@@ -105,12 +106,15 @@ def updated_parameters(
 
 
 def _held(experiment: Experiment, layout: Layout, pieces: Mapping[Kind, float]) -> tuple[float, float]:
-    """Weights on a rank, dense and of experts."""
+    """Weights on a rank that are trained, dense and of experts."""
     dense = expert = 0.0
+    trained = Trained.of(experiment)
     for kind, count in pieces.items():
         if not count:
             continue
         for weight in weights_of(experiment, kind, padded_vocab_size(experiment)):
+            if not trained.holds(kind, weight):
+                continue
             if weight.split == "expert":
                 expert += count * on_a_rank(weight, layout)
             else:
@@ -121,9 +125,12 @@ def _held(experiment: Experiment, layout: Layout, pieces: Mapping[Kind, float]) 
 def _tied_embedding_s(experiment: Experiment, layout: Layout, cluster: Cluster, of_gradient: int) -> float:
     """Where the output layer is the embedding, the first and the last stage sum their gradients of it."""
     stages = layout.pipeline_model_parallel_size
+    weight = shared_word_embedding(experiment, padded_vocab_size(experiment))
     if experiment.model.untie_embeddings_and_output_weights or stages == 1:
         return 0.0
-    table = on_a_rank(shared_word_embedding(experiment, padded_vocab_size(experiment)), layout)
+    if not Trained.of(experiment).holds("embedding", weight):
+        return 0.0
+    table = on_a_rank(weight, layout)
     apart = layout.world_size // stages * (stages - 1)
     both = group(2, apart, cluster.gpus_per_node, layout.world_size)
     return all_reduce_s(cluster, both, table * of_gradient)

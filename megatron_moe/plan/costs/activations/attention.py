@@ -51,7 +51,7 @@ def _grouped(model: Model, share: Share) -> Part:
     # Heads of several groups lie apart from each other in the projection.
     copied = queries if heads > groups > 1 else 0.0
     kept = 0.0
-    if model.megatron_core.get("qk_layernorm"):
+    if model.qk_norm is not None:
         kept += _norms_of_heads(model, heads, groups, copied > 0, share)
         copied = 0.0 if rotates else queries
     kept += _positions(model, width, share) if rotates else 0.0

@@ -8,20 +8,20 @@ from megatron_moe.config.capacity_factor import limit
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.plan.costs.activations.share import Part, Share
+from megatron_moe.plan.costs.weight import GATED
 from megatron_moe.plan.journeys import Ranks, taken
 from megatron_moe.plan.layout import Layout
 
 _FP32, _INT64 = 4, 8
 
-_DENSE_WIDTHS = {"swiglu": 5, "geglu": 5, "gelu": 2, "relu": 1, "squared_relu": 2}
+_DENSE_WIDTHS = {"swiglu": 5, "geglu": 5, "clamped_swiglu": 7, "gelu": 2, "relu": 1, "squared_relu": 2}
 """Times the inner width that an unfused activation keeps, its result included. A gated one: both halves of
 its input, the gate's activation, the other half plus an offset of 0, and the product; relu only its
 result."""
 
-_EXPERT_WIDTHS = {"swiglu": 5, "geglu": 5, "gelu": 3, "relu": 2, "squared_relu": 3}
+_EXPERT_WIDTHS = {"swiglu": 5, "geglu": 5, "clamped_swiglu": 7, "gelu": 3, "relu": 2, "squared_relu": 3}
 """The same for experts on a GPU, which multiply by the gate weight and add no offset."""
 
-_GATED = ("swiglu", "geglu")
 
 _BLOCK_ROWS = 512
 """As `model.moe.expert_loop.BLOCK_ROWS`."""
@@ -38,7 +38,7 @@ def dense(experiment: Experiment, inner_width: int, share: Share, module: str) -
     kept = _DENSE_WIDTHS[experiment.model.activation] * inner
     # Gradients of the activation's input, or of its result and of the second matrix.
     second = hidden_size * inner_width / share.tensor * element
-    working = inner + max(inner if experiment.model.activation in _GATED else 0.0, second)
+    working = inner + max(inner if experiment.model.activation in GATED else 0.0, second)
     return Part(0.0, kept + working) if module in share.modules else Part(kept, working)
 
 
@@ -50,7 +50,7 @@ def mixture(experiment: Experiment, layout: Layout, share: Share) -> Part:
         layout.expert_model_parallel_size, layout.expert_tensor_parallel_size, moe.moe_ranks_per_node
     )
     rows = rows_of_experts(experiment, ranks, share)
-    has_biases = bool(experiment.model.megatron_core.get("add_bias_linear"))
+    has_biases = experiment.model.mlp_bias
     loops = share.on_host and not (moe.moe_expert_dropout or has_biases)
     of_experts = (_in_a_loop if loops else _as_grouped_products)(experiment, moe, ranks, rows, share)
     kept = of_experts.kept + _routing(moe, hidden_size, rows, not loops or ranks.together > 1, share)
@@ -72,7 +72,7 @@ def mixture(experiment: Experiment, layout: Layout, share: Share) -> Part:
 def _in_a_loop(experiment: Experiment, moe: MoE, ranks: Ranks, rows: float, share: Share) -> Part:
     """`expert_loop`: the rows that came, and those behind the first matrix. It works in blocks of the rows of
     one expert or some, and with the gradients of both matrices at once."""
-    inner, halves = _inner(moe, ranks), 2 if moe.moe_expert_activation in _GATED else 1
+    inner, halves = _inner(moe, ranks), 2 if moe.moe_expert_activation in GATED else 1
     hidden_size, here = experiment.model.hidden_size, moe.num_moe_experts / ranks.expert
     came = _rows_that_came(moe, hidden_size, ranks, rows, share)
     block = min(rows, max(_BLOCK_ROWS, rows / here * experiment.launch.expert_imbalance))
@@ -92,11 +92,11 @@ def _as_grouped_products(experiment: Experiment, moe: MoE, ranks: Ranks, rows: f
     hidden_size = experiment.model.hidden_size
     width, inner = rows * hidden_size * share.element, rows * _inner(moe, ranks) * share.element
     again = "moe_act" in share.modules
-    widths = 2 if again and moe.moe_expert_activation in _GATED else 1
+    widths = 2 if again and moe.moe_expert_activation in GATED else 1
     kept = width + inner * (widths if again else _EXPERT_WIDTHS[moe.moe_expert_activation])
     if moe.moe_expert_dropout:
         kept += inner / share.element  # which survive
-    if experiment.model.megatron_core.get("add_bias_linear"):
+    if experiment.model.mlp_bias:
         # The second one's rows, which are multiplied by gate weights, and which expert each row is of.
         kept += width / ranks.expert_tensor + 2 * _INT64 * rows
     second = moe.num_moe_experts / ranks.expert * _inner(moe, ranks) * hidden_size * share.element
