@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_moe.config.errors import InputError
+
 Tensors = list[Tensor]
 
 
@@ -76,3 +78,23 @@ def padded(ours: str, theirs: str, rows: int, padded_rows: int) -> Group:
 def stacked(ours: Sequence[str], theirs: str) -> Group:
     """Matrices of ours that are one tensor there, [e, ...]."""
     return Group(tuple(ours), (theirs,), lambda x: list(x[0].unbind()), lambda x: [torch.stack(x)])
+
+
+def with_copies(group: Group, copies: Sequence[str]) -> Group:
+    """A group of one of theirs, which lies there under further names too.
+
+    Its `to_ours` raises InputError where one of these holds other numbers: ours has one place for them.
+    """
+    if not copies:
+        return group
+    original = group.theirs[0]
+
+    def only_one(x: Tensors) -> Tensors:
+        for name, copy in zip(copies, x[1:], strict=True):
+            if not copy.is_meta and not torch.equal(copy, x[0]):
+                raise InputError(
+                    f"{name} is no copy of {original}: it holds other numbers, and is one with it here"
+                )
+        return group.to_ours(x[:1])
+
+    return Group(group.ours, (original, *copies), only_one, lambda x: group.to_theirs(x) * (1 + len(copies)))
