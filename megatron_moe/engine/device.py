@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_moe.engine import host
+from megatron_moe.engine import allocator, host
 from megatron_moe.engine.stand_ins import HOST
 
 
@@ -56,6 +56,7 @@ def start(local_rank: int) -> Device:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         return Device(torch.device("cuda", local_rank), "nccl")
+    allocator.use_huge_pages()
     host.install()
     return Device(HOST, "gloo")
 
