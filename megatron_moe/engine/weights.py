@@ -79,7 +79,18 @@ def name_of(key: str, place: Sequence[int]) -> str:
     return key
 
 
-def names_in(key: str, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Place and name of each matrix in a checkpoint's tensor."""
-    for place in itertools.product(*(range(size) for size in shape[: stacked_axes(key)])):
+def names_in(
+    key: str, shape: Sequence[int], begin: Sequence[int] = ()
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Place and name of each matrix in a checkpoint's tensor, or in a block of it.
+
+    Args:
+        shape: of the tensor, or the block.
+        begin: where in the tensor the block begins. Default: at its beginning.
+    """
+    axes = stacked_axes(key)
+    begin = tuple(begin[:axes]) or (0,) * axes
+    for place in itertools.product(
+        *(range(at, at + size) for at, size in zip(begin, shape[:axes], strict=True))
+    ):
         yield place, name_of(key, place)
