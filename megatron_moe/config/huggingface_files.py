@@ -84,22 +84,25 @@ def _vocabulary(file: Path, description: Mapping[str, Any]) -> dict[str, int]:
 
 def _end_of_text(file: Path, vocabulary: Mapping[str, int]) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _read(file.with_name(name)).get("eos_token")
+        token = read_json_beside(file, name).get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):
             return token
-    ids = _read(file.with_name("generation_config.json")).get("eos_token_id")
+    ids = read_json_beside(file, "generation_config.json").get("eos_token_id")
     first = ids[0] if isinstance(ids, list) and ids else ids
     return next((token for token, number in vocabulary.items() if number == first), None)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json_beside(tokenizer: Path, name: str) -> dict[str, Any]:
+    """The object in the file `name` beside a tokenizer.json; empty where there is none. InputError for what
+    is no JSON."""
+    file = tokenizer.with_name(name)
     if not file.is_file():
         return {}
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot read the end of text from it: {error}") from None
+        raise InputError(f"{file}: cannot be read: {error}") from None
     return values if isinstance(values, dict) else {}
 
 

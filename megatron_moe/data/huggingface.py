@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ class HuggingFaceTokenizer:
         self._file = file
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod = vocabulary[name]
+        added = description.get("added_tokens") or []
+        self.special = frozenset(vocabulary[token["content"]] for token in added if token.get("special"))
+        """Ids of tokens that stand for no text, such as ends of turns."""
         self.sha256 = hashlib.sha256(content + b"\0" + name.encode()).hexdigest()
         self.cuts: Cuts = "behind words" if _ends_words_at_blanks(description) else "nowhere"
 
@@ -81,14 +84,23 @@ class HuggingFaceTokenizer:
             yield from self._encode_each([part])
 
     def _encode_each(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._guarded(self._tokenizer.encode_batch_fast, texts)]
+
+    def _guarded(self, encode: Callable[..., Any], texts: Sequence[str]) -> Any:
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return encode(texts, add_special_tokens=False)
         except BaseException as error:
             # The library raises nothing more special; where Rust gives up, it is not even an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise InputError(f"{self._file}: has no ids for a text: {error}") from None
-        return [encoding.ids for encoding in encodings]
+
+    def encode_with_places(self, text: str) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """The ids of a text, and for each token [t, 2] its first character in it and the one behind the last;
+        some tokenizers leave blanks around a word out of these."""
+        encoding = self._guarded(self._tokenizer.encode_batch, [text])[0]
+        places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return as_array(encoding.ids), places
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish."""

@@ -12,6 +12,7 @@ from megatron_moe.config.sources import key_of, sources_of, texts_of
 from megatron_moe.data.existing import check_token_files
 from megatron_moe.data.from_text import is_trained_here, load, prepare_text, prepare_tokenizer
 from megatron_moe.data.indexed import open_token_files
+from megatron_moe.data.instruction.prepare import PreparedInstruction, prepare_instruction
 from megatron_moe.data.made_here import naming
 from megatron_moe.data.manifest import Manifest
 from megatron_moe.data.parts import check_parts
@@ -41,6 +42,13 @@ class Prepared:
     tokenizer: Tokenizer | None
     vocab_size: int
     """Token ids of the model, before padding."""
+    instruction: PreparedInstruction | None = None
+    """The records, with data.kind instruction; there are no sources then."""
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether there is an end to the data, which is then gone through anew."""
+        return bool(self.sources) or self.instruction is not None
 
 
 def prepare(experiment: Experiment, root: Path) -> Prepared:
@@ -56,6 +64,10 @@ def prepare(experiment: Experiment, root: Path) -> Prepared:
     made_here = root / "_prepared"  # no run can be called that
     if data.kind == "mock":
         return _mock(experiment)
+    if data.kind == "instruction":
+        tokenizer = load(data.tokenizer)
+        vocab_size = _vocab_size(experiment, tokenizer)
+        return Prepared((), tokenizer, vocab_size, prepare_instruction(experiment, tokenizer, made_here))
     sources = sources_of(data)
     tokenizer = _tokenizer(data, sources, made_here)
     vocab_size = _vocab_size(experiment, tokenizer)

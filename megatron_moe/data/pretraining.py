@@ -26,6 +26,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.config.sources import PARTS, sources_of, split_of, weights_of
 from megatron_moe.data.blend import Blend, Part
 from megatron_moe.data.indexed import bin_path, idx_path
+from megatron_moe.data.instruction.datasets import build_samples, description
 from megatron_moe.data.mock import MockDataset
 from megatron_moe.data.parts import check_parts, part_bounds, parts_read
 from megatron_moe.data.prepare import Prepared, PreparedSource
@@ -43,6 +44,8 @@ class Datasets:
     train: Samples
     valid: Samples | None
     """None if training.eval_interval is not set."""
+    said: tuple[str, ...] = ()
+    """What is to be said of them when a run begins, a line each."""
 
 
 def build_datasets(experiment: Experiment, prepared: Prepared) -> Datasets:
@@ -53,6 +56,11 @@ def build_datasets(experiment: Experiment, prepared: Prepared) -> Datasets:
     InputError if a part that is read of a source holds less than one sample of training.seq_length.
     """
     needed = ["training"] if experiment.training.eval_interval is None else ["training", "validation"]
+    if prepared.instruction is not None:
+        assert prepared.tokenizer is not None
+        of_records = build_samples(experiment, prepared.instruction, prepared.tokenizer)
+        said = tuple(description(part, of_part) for part, of_part in of_records.items())
+        return Datasets(of_records["training"], of_records.get("validation"), said)
     if experiment.data.kind == "mock":
         samples: dict[str, Samples] = {part: _mock(experiment, prepared, part) for part in needed}
     elif experiment.data.blend is None:

@@ -15,7 +15,8 @@ class Samples(Protocol):
 
     Each has `tokens`, `labels`, `position_ids` [s] int64 and `loss_mask` [s] float32, 0 where the label is no
     target. Datasets with padding or prompts also give `padding_mask` [s] bool, true for those tokens; and
-    where documents must not see each other there is `document_starts` [s] bool, true where one begins.
+    where documents must not see each other there is `document_starts` [s] bool, true where one begins. What
+    records give beside these says `data.instruction.samples`.
     """
 
     def __len__(self) -> int: ...

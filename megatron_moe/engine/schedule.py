@@ -159,7 +159,7 @@ def sum_over_ranks(reports: list[Tensor], device: torch.device, width: int = 2) 
 
 
 def mean_targets(microbatches: Sequence[Mapping[str, Tensor]], counts: str = "num_targets") -> Tensor:
-    """[] or [D] The targets of the global batch over its microbatches; 1 target where there is none. A
+    """[] or [D] The targets (or samples) of the global batch over its microbatches; 1 where there is none. A
     collective over the replicas.
 
     Dividing by it what each microbatch's losses sum up to makes the mean over microbatches and replicas the
@@ -184,8 +184,9 @@ def share_of_context(
     """A microbatch on `device`, cut to this context-parallel rank's two chunks of each sequence.
 
     It also gets `num_targets` [], the targets of the whole sequences, where a `further_mask` [b, s, D] is
-    likewise `further_targets` [D], and in place of `document_starts` the `segments` that attention goes by
-    (see `engine.segments`). A `padding_mask` without padding is left out.
+    likewise `further_targets` [D], where there are `sample_weights` `num_samples` [], those of the whole
+    sequences added up, and in place of `document_starts` the `segments` that attention goes by (see
+    `engine.segments`). A `padding_mask` without padding is left out.
     In place of `sample_numbers` come, where they are wanted, `run_positions` [b, s]: each token's place among
     all tokens of the run. All this is found on the host, so that no GPU has to be waited for.
     """
@@ -197,6 +198,8 @@ def share_of_context(
     mine = {"num_targets": batch["loss_mask"].sum().to(torch.int)}
     if (further := batch.get("further_mask")) is not None:
         mine["further_targets"] = further.sum((0, 1)).to(torch.int)
+    if (weights := batch.get("sample_weights")) is not None:
+        mine["num_samples"] = weights.sum()
     if (starts := batch.pop("document_starts", None)) is not None:
         mine["segments"] = segments(starts, rank, size)
     if (by_source := batch.pop("by_source", None)) is not None:

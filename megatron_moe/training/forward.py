@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.model.moe.marks import mark
+from megatron_moe.training.sample_metrics import tallies
 
 Batch = Mapping[str, Tensor]
+Loss = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 _Padding = TypeVar("_Padding", Tensor, Tensor | None)
 
 
@@ -29,7 +31,9 @@ def forward_step(
     counts the targets of the whole sequences, of which a context-parallel rank has a part. `segments` [m, 2]
     (see `engine.segments`) says where documents end that must not see each other; `by_source` [b, sources],
     1 in one column, where each sequence comes from, if that is to be reported. `mean_targets` [], where it is
-    there, takes the place of `num_targets` in the loss (see `engine.schedule.mean_targets`).
+    there, takes the place of `num_targets` in the loss (see `engine.schedule.mean_targets`), and
+    `loss_weights` [b, s] that of `loss_mask`. With `sample_weights` and `filled` (see
+    `data.instruction.samples`) the report has `sample_metrics.tallies` behind its other numbers.
 
     For a model that predicts several tokens at once it holds what `data.further_tokens` gives, and
     `further_targets` [D], the targets of each further prediction; where mean_targets are, also
@@ -59,13 +63,12 @@ def forward_step(
         **({"further": _further(batch)} if predicts_further else {}),
     )
     if predicts_further:
-        return output, partial(_loss_of_all, batch, get_model_config(chunk).mtp_loss_scaling_factor)
-    return output, partial(
-        _loss,
-        batch["loss_mask"],
-        batch.get("mean_targets", batch["num_targets"].clamp(min=1)),
-        batch.get("by_source"),
-    )
+        scale = get_model_config(chunk).mtp_loss_scaling_factor
+        return output, partial(_with_tallies, batch, partial(_loss_of_all, batch, scale))
+    divisor = batch.get("mean_targets", batch["num_targets"].clamp(min=1))
+    weights = batch.get("loss_weights")
+    loss = partial(_loss, batch["loss_mask"], divisor, batch.get("by_source"), weights=weights)
+    return output, partial(_with_tallies, batch, loss)
 
 
 def _marks(batch: Batch, padding: _Padding, tokens: Tensor) -> _Padding | Tensor:
@@ -101,11 +104,28 @@ def _loss_of_all(batch: Batch, scale: float, losses: Tensor) -> tuple[Tensor, Te
     return loss, count, torch.cat(reports)
 
 
+def _with_tallies(batch: Batch, loss: Loss, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `loss` gives, the report with the batch's tallies where it has samples.
+
+    Args:
+        losses: [b, s], or [1 + D, b, s] with those of further tokens.
+    """
+    result, count, report = loss(losses)
+    if "sample_weights" in batch:
+        next_losses = losses[0] if losses.dim() == 3 else losses
+        report = torch.cat([report, tallies(batch, next_losses)])
+    return result, count, report
+
+
 def _loss(
-    loss_mask: Tensor, divisor: Tensor, by_source: Tensor | None, losses: Tensor
+    loss_mask: Tensor,
+    divisor: Tensor,
+    by_source: Tensor | None,
+    losses: Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the losses over `divisor`, 1, and a report of token losses and targets for the metrics: [2],
-    or [2 x sources] with `by_source`.
+    """The sum of the losses, times `weights` if there are any, over `divisor`, 1, and a report of token
+    losses and targets for the metrics: [2], or [2 x sources] with `by_source`.
 
     Megatron-Core divides by the second and by the microbatches, in place: the report is a copy. And it takes
     the mean over context-parallel ranks, where the sum is meant: each has other tokens of the same sequences,
@@ -120,5 +140,7 @@ def _loss(
         masked = losses.detach().double() * loss_mask
         sums = torch.stack([masked.sum(1), loss_mask.double().sum(1)], dim=1)
         report = (by_source.double().T @ sums).flatten()
+    if weights is not None:
+        total = (losses.float() * weights).sum()
     loss = total * parallel_state.get_context_parallel_world_size() / divisor
     return loss, torch.ones_like(divisor, dtype=torch.int), report

@@ -17,6 +17,7 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.engine.schedule import share_of_reports
 from megatron_moe.training.balance_metrics import BalanceSums, local_balance, split_balance
 from megatron_moe.training.moe_sums import MoESums, local_drops, local_sums, split
+from megatron_moe.training.sample_metrics import SampleSums, counted, split_tallies
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class StepSums:
         loss: sum of the language-model losses of all target tokens of the global batch.
         targets: number of those tokens.
         further: the same two of each multi-token-prediction layer.
+        samples: None for data without samples.
         stop_requested: whether any rank was asked to stop.
         moe: None for a dense model; the same for balance.
     """
@@ -34,6 +36,7 @@ class StepSums:
     loss: float
     targets: float
     further: tuple[tuple[float, float], ...]
+    samples: SampleSums | None
     stop_requested: bool
     moe: MoESums | None
     balance: BalanceSums | None
@@ -53,9 +56,10 @@ def reduce_step(
 
     Args:
         reports: [loss sum, targets] a microbatch, and behind these the same for each multi-token-prediction
-            layer, on the last pipeline stage; else empty.
+            layer, then `sample_metrics.tallies`, on the last pipeline stage; else empty.
     """
-    width = 2 + 2 * experiment.model.mtp_num_layers
+    losses = 2 + 2 * experiment.model.mtp_num_layers
+    width = losses + counted(experiment)
     stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=device)
     parts = [share_of_reports(reports, device, width), stop]
     local = None
@@ -72,8 +76,10 @@ def reduce_step(
         balance = split_balance(total[begin + size :].view(len(local.total), -1))
         if bool(moe.column("not_finite").any()):
             raise RunError(_not_finite(local.not_finite))
-    (loss, targets), *further = total[:width].view(-1, 2).tolist()
-    return StepSums(loss, targets, tuple(map(tuple, further)), float(total[width]) > 0, moe, balance)
+    (loss, targets), *further = total[:losses].view(-1, 2).tolist()
+    samples = split_tallies(total[losses:width].tolist())
+    stops = float(total[width]) > 0
+    return StepSums(loss, targets, tuple(map(tuple, further)), samples, stops, moe, balance)
 
 
 def further_metrics(sums: StepSums) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from megatron_moe.data.manifest import Manifest
 from megatron_moe.data.prepare import Prepared
 
 ABOUT = "about.json"
+_RECORDS = "instruction"
 
 
 def of(prepared: Prepared) -> dict[str, Any]:
@@ -21,6 +22,15 @@ def of(prepared: Prepared) -> dict[str, Any]:
     data: dict[str, Any] | None = {"blend": sources} if sources else None
     if "" in sources:  # not blended
         data = sources[""]
+    if prepared.instruction is not None:
+        records = prepared.instruction.train.manifest
+        data = {
+            _RECORDS: {
+                "inputs_sha256": [file.sha256 for file in records.inputs],
+                "records": records.records,
+                "content_sha256": records.content_sha256,
+            }
+        }
     tokenizer = prepared.tokenizer
     return {"tokenizer_sha256": None if tokenizer is None else tokenizer.sha256, "data": data}
 
@@ -47,6 +57,8 @@ def check(checkpoint: Path, prepared: Prepared) -> None:
         )
     if saved["data"] is None or now["data"] is None:
         return
+    if _RECORDS in now["data"]:
+        return _check_records(checkpoint, saved["data"][_RECORDS], now["data"][_RECORDS])
     sources, given = (about["data"].get("blend", {"": about["data"]}) for about in (saved, now))
     if sources.keys() != given.keys():
         before, after = (", ".join(filter(None, names)) or "no blend" for names in (sources, given))
@@ -56,6 +68,17 @@ def check(checkpoint: Path, prepared: Prepared) -> None:
         )
     for name, facts in sources.items():
         _check_source(checkpoint, name, facts, given[name])
+
+
+def _check_records(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for key, before in saved.items():
+        if before != now[key]:
+            cause = "the same files, but another chat template or day" if key == "content_sha256" else "files"
+            raise InputError(
+                f"data.instruction.train: other records than {checkpoint.name} was trained on ({cause}: "
+                f"{key.replace('_', ' ')} {_short(now[key])}, but was {_short(before)}); use those, or give "
+                "this run another name"
+            )
 
 
 def _check_source(checkpoint: Path, name: str, saved: dict[str, Any], now: dict[str, Any]) -> None:

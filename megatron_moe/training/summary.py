@@ -34,6 +34,7 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
         lines.append(taken)
     if missing := said_at_start(look()):
         lines.append(missing)
+    lines += trainer.datasets.said
     training = trainer.experiment.training
     steps = ramp_steps(training)
     if training.rampup_batch_size is not None and (steps is None or trainer.iteration < steps):
@@ -143,12 +144,15 @@ def _losses(trainer: Trainer) -> list[tuple[str, str]]:
     if entropies:
         text = f"{_by_source(entropies)} nats a token (the loss without any context)"
         rows.append(("unigram entropy", text))
+    if (records := trainer.prepared.instruction) is not None:
+        entropy = records.train.manifest.target_entropy_nats
+        rows.append(("unigram entropy", f"{entropy:.4f} nats a target (the loss without any context)"))
     return rows
 
 
 def _seen(trainer: Trainer) -> list[tuple[str, str]]:
     """How often the run has gone through its data, that of earlier starts included."""
-    if not trainer.prepared.sources:
+    if not trainer.prepared.reads_files:
         return []
     train, samples = trainer.datasets.train, trainer.consumed_samples
     epochs = train.epochs(samples) if isinstance(train, Blend) else {"": samples / len(train)}

@@ -35,6 +35,7 @@ from megatron_moe.training.metrics import (
     moe_metrics,
     reduce_step,
 )
+from megatron_moe.training.sample_metrics import counted, sample_metrics, split_tallies
 from megatron_moe.training.step_meter import StepMeter
 
 if TYPE_CHECKING:
@@ -142,9 +143,11 @@ class Trainer:
         }
         if sums.further:
             record |= further_metrics(sums)
+        if sums.samples is not None:
+            record |= sample_metrics(sums.samples, sums.targets, tokens)
         if training.rampup_batch_size is not None:
             record["global_batch_size"] = sequences
-        if self.prepared.sources and self.experiment.data.blend is None:
+        if self.prepared.reads_files and self.experiment.data.blend is None:
             record["epoch"] = self.consumed_samples / len(self.datasets.train)
         if not updated:
             record["skipped"] = (
@@ -161,8 +164,9 @@ class Trainer:
 
     def evaluate(self, dataset: Samples, iterations: int) -> Record:
         """`eval/loss`, the mean loss a target token over the first `iterations` global batches of `dataset`,
-        in order. Where several sources are blended, also that over each one's samples among them,
-        `eval/loss/<name>`; NaN where there are none. And `eval/drop_rate`, where routers drop anything."""
+        in order, and of records `eval/sample_loss`. Where several sources are blended, also that over each
+        one's samples among them, `eval/loss/<name>`; NaN where there are none. And `eval/drop_rate`, where
+        routers drop anything."""
         names = [part.name for part in dataset.parts] if isinstance(dataset, Blend) else [""]
         batches = self.microbatches(dataset, 0, shuffle=False)
         shapes = self.shapes()
@@ -176,10 +180,15 @@ class Trainer:
                 )
         for chunk in self.chunks:
             chunk.train()
-        sums = schedule.sum_over_ranks(reports, self.device.torch_device, width=2 * len(names))
+        width = 2 * len(names) + counted(self.experiment)
+        sums = schedule.sum_over_ranks(reports, self.device.torch_device, width)
+        samples = split_tallies(sums[2 * len(names) :])
+        sums = sums[: 2 * len(names)]
         of_sources = list(zip(sums[::2], sums[1::2], strict=True))
         losses, targets = (sum(column) for column in zip(*of_sources, strict=True))
         record: Record = {"eval/loss": losses / targets if targets else math.nan}
+        if samples is not None:
+            record["eval/sample_loss"] = samples.loss / samples.samples if samples.samples else math.nan
         record |= drops_of_evaluation(self.experiment, self.chunks, self.device.torch_device)
         if len(names) > 1:
             record |= {
@@ -203,7 +212,9 @@ class Trainer:
             global_batch_size=training.global_batch_size,
             shuffle=shuffle,
         )
+        lora = training.lora
         marked = self.experiment.moe is not None and needs_marks(self.experiment.moe)
+        marked |= lora is not None and lora.dropout > 0
         further = self.experiment.model.mtp_num_layers
         wholes = (with_further_tokens(batch, further) if further else batch for batch in batches)
         return (schedule.share_of_context(batch, self.device.torch_device, marked) for batch in wholes)
@@ -216,6 +227,9 @@ class Trainer:
             if self.experiment.model.mtp_num_layers:
                 means["mean_further_targets"] = schedule.mean_targets(this_step, "further_targets")
             this_step = [{**batch, **means} for batch in this_step]
+        elif self.experiment.data.instruction is not None:
+            means = {"mean_targets": schedule.mean_targets(this_step, "num_samples")}
+            this_step = [{**batch, **means, "loss_weights": batch["sample_weights"]} for batch in this_step]
         if self.chunks[0].training:
             router_updates.begin_iteration(self.experiment, self.chunks, this_step)
         return [iter(this_step) for _ in self.chunks]
