@@ -113,8 +113,8 @@ def shared_experts_over_tp(e: Experiment) -> Problems:
 
 def biases_of_experts(e: Experiment) -> Problems:
     """Which experts can have biases: routed ones, over ETP with our blocks only, and no shared ones."""
-    biases, shared = "model.megatron_core.add_bias_linear", "moe.moe_shared_expert_intermediate_size"
-    if e.moe is None or e.model.megatron_core.get("add_bias_linear") is not True:
+    biases, shared = "model.mlp_bias", "moe.moe_shared_expert_intermediate_size"
+    if e.moe is None or not e.model.mlp_bias:
         return
     if e.moe.moe_shared_expert_intermediate_size is not None:
         text = f"does not go with {shared}: Megatron-Core's shared experts have no biases"

@@ -35,15 +35,15 @@ def rotary_options(e: Experiment) -> Problems:
 
 def one_norm_of_queries(e: Experiment) -> Problems:
     """Queries and keys have one norm."""
-    fields, keys = e.model.megatron_core, (f"{_PREFIX}qk_layernorm", f"{_PREFIX}qk_l2_norm")
-    if fields.get("qk_layernorm") and fields.get("qk_l2_norm"):
+    keys = ("model.qk_norm", f"{_PREFIX}qk_l2_norm")
+    if e.model.qk_norm is not None and e.model.megatron_core.get("qk_l2_norm"):
         yield Problem(keys, f"has no effect beside {keys[1]}", "leave one of the two out")
 
 
 def biases_of_recomputed_layers(e: Experiment) -> Problems:
     """Megatron-Core returns a dense layer's second bias from the recomputed part, as if it were computed
     there: autograd then goes round in a circle (seen with 0.16.1)."""
-    biases, modules = f"{_PREFIX}add_bias_linear", "recompute.modules"
-    if e.model.megatron_core.get("add_bias_linear") and "mlp" in set_value(e.recompute.modules):
+    biases, modules = "model.mlp_bias", "recompute.modules"
+    if e.model.mlp_bias and "mlp" in set_value(e.recompute.modules):
         text = f"does not go with mlp in {modules}: the backward pass of Megatron-Core does not end"
         yield Problem((biases, modules), text, "recompute other modules, or whole layers")

@@ -10,6 +10,13 @@ import re
 OTHER_NAMES = {
     "activation_func": "model.activation",
     "gated_linear_unit": "model.activation",
+    "activation_func_clamp_value": "model.activation",
+    "glu_linear_offset": "model.activation",
+    "qk_layernorm": "model.qk_norm",
+    "add_qkv_bias": "model.qkv_bias",
+    "add_bias_linear": "model.mlp_bias",
+    "window_size": "model.sliding_window",
+    "softmax_type": "model.attention_sinks",
     "transformer_impl": "model.spec",
     "fp16": "training.precision",
     "bf16": "training.precision",
@@ -40,7 +47,7 @@ NEEDS_TRANSFORMER_ENGINE = (
     r"fused_single_qkv_rope|fused_residual_rmsnorm|cross_entropy_fusion_impl",
     r"use_te_\w+|use_transformer_engine_op_fuser|use_grouped_gemm_for_\w+",
     r"moe_single_grouped_\w+|moe_(mlp|shared_expert)_glu_interleave_size",
-    r"softmax_type|attention_output_gate|window_size|window_attn_skip_freq|cp_comm_type",
+    r"attention_output_gate|cp_comm_type",
 )
 """Fields that only the blocks of Transformer Engine compute."""
 
@@ -72,7 +79,7 @@ NOT_SETTABLE: dict[str, str] = {
     r"apply_query_key_layer_scaling|softmax_scale|attention_softmax_in_fp32": _ATTENTION,
     r"masked_softmax_fusion|qk_clip\w*|log_max_attention_logit|attention_backend": _ATTENTION,
     r"flash_decode|flash_attention_version": _ATTENTION,
-    r"glu_linear_offset|activation_func_clamp_value|use_fused_weighted_squared_relu": _EXPERTS,
+    r"use_fused_weighted_squared_relu": _EXPERTS,
     r"moe_apply_probs_on_input|moe_token_dropping|moe_enable_routing_replay": _EXPERTS,
     r"moe_latent_size|moe_router_padding_for_\w+|moe_router_quantile_balancing_ema": _EXPERTS,
     r"moe_use_legacy_grouped_gemm|moe_router_force_biased|moe_router_fusion": _EXPERTS,

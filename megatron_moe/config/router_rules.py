@@ -13,6 +13,7 @@ from megatron_moe.config.schema.moe import MoE
 
 _GATE, _TOPK, _EXPERTS = "moe.moe_router_gate", "moe.moe_router_topk", "moe.num_moe_experts"
 _GROUPS, _CHOSEN = "moe.moe_router_num_groups", "moe.moe_router_group_topk"
+_GROUP_SCORE, _NORM = "moe.moe_router_group_score_topk", "moe.moe_router_norm_topk"
 _SCORE, _BEFORE = "moe.moe_router_score_function", "moe.moe_router_pre_softmax"
 _BIAS, _RATE = "moe.moe_router_enable_expert_bias", "moe.moe_router_bias_update_rate"
 _JITTER = "moe.moe_input_jitter_eps"
@@ -30,9 +31,12 @@ READ_BY: dict[str, tuple[str, ...]] = {
     _BEFORE: ("noisy_topk", *_WEIGHS_BY_SCORE),
     _GROUPS: ("topk",),
     _CHOSEN: ("topk",),
+    _GROUP_SCORE: ("topk",),
+    _NORM: _WEIGHS_BY_SCORE,
     _BIAS: ("topk",),
     _NORMALIZATION: _HAS_LOGITS,
     _JITTER: _HAS_LOGITS,
+    "moe.moe_router_bias": _HAS_LOGITS,
     "moe.moe_router_init_scale": _HAS_LOGITS,
     "moe.moe_router_dtype": _HAS_LOGITS,
     _Z_LOSS: _HAS_LOGITS,
@@ -91,6 +95,9 @@ def scores_of_gate(e: Experiment) -> Problems:
         yield Problem(
             (_BEFORE, _SCORE), f"has no effect on the sigmoid in {_SCORE}", "leave one of the two out"
         )
+    if e.moe is not None and e.moe.moe_router_score_function == "softmax" and not e.moe.moe_router_norm_topk:
+        text = f"has no effect on the softmax in {_SCORE}, whose shares {_BEFORE} leaves as they are"
+        yield Problem((_NORM, _SCORE), text, f"leave it out, and set {_BEFORE} to true")
 
 
 def hash_learns_nothing(e: Experiment) -> Problems:
@@ -135,6 +142,18 @@ def groups_of_experts(e: Experiment) -> Problems:
         text = f"{group} of {inside} {expert} cannot hold {_TOPK} choices with one in each"
         fitting = str(chosen) if inside == 1 else f"a number from {chosen} to {chosen * inside}"
         yield Problem((_CHOSEN, _TOPK), text, f"set {_TOPK} to {fitting}")
+
+
+def scores_of_groups(e: Experiment) -> Problems:
+    """A group's score is a sum of scores that are in it."""
+    if e.moe is None or (summed := e.moe.moe_router_group_score_topk) is None:
+        return
+    groups = e.moe.moe_router_num_groups
+    if groups is None or e.moe.moe_router_group_topk is None:
+        yield Problem((_GROUP_SCORE, _GROUPS), f"has no effect without {_GROUPS}", "leave it out")
+    elif summed > (inside := e.moe.num_moe_experts // groups):
+        text = f"is more than the {_EXPERTS} in each of {_GROUPS}"
+        yield Problem((_GROUP_SCORE, _EXPERTS, _GROUPS), text, f"use at most {max(inside, 1)}")
 
 
 def logit_normalization(e: Experiment) -> Problems:

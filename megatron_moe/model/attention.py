@@ -21,6 +21,9 @@ class CoreAttention(torch.nn.Module):
     2 CP - 1 - r (Megatron-Core's zig-zag split, which balances the causal work); keys and values are gathered
     over the group, and each chunk attends to the sequence up to its end.
 
+    A layer with a sliding window sees that many tokens, its own the last; `config.window_size` counts those
+    before it, as Megatron-Core's.
+
     Documents that must not see each other come as `attention_mask`, which Megatron-Core hands through all
     layers and recomputes with: not as a mask of s x s, but as their lengths.
 
@@ -30,9 +33,15 @@ class CoreAttention(torch.nn.Module):
 
     Args: as Megatron-Core's core attention builders.
 
+    Parameters:
+        softmax_offset: [n], only where `config.softmax_type` is learnable: a logit of each head that takes
+        part in the softmax and brings nothing (gpt-oss). Named as in Megatron-Core's own.
+
     Shape: query [s, b, n, d], key and value [s, b, g, d] -> [s, b, n * d]; n heads, g groups of this
     tensor-parallel rank.
     """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -52,6 +61,20 @@ class CoreAttention(torch.nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self.context_group: Any = pg_collection.cp if pg_collection is not None else None
         self.context_size = config.context_parallel_size
+        self.window = _window(config, layer_number)
+        self.tensor_group: Any = pg_collection.tp if pg_collection is not None else None
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            device = torch.cuda.current_device()
+            sinks = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype, device=device))
+            for name, value in {
+                "tensor_model_parallel": True,
+                "partition_dim": 0,
+                "partition_stride": 1,
+            }.items():
+                setattr(sinks, name, value)
+            self.softmax_offset = sinks
 
     def forward(
         self,
@@ -72,13 +95,17 @@ class CoreAttention(torch.nn.Module):
             queries = list(query.chunk(2))
             keys, values = self._seen(key), self._seen(value)
         dropout = self.dropout if self.training else 0.0
+        scores: Any = {
+            "scale": self.scale,
+            "dropout": dropout,
+            "window": self.window,
+            "sinks": self.softmax_offset,
+        }
         with self._random_state(dropout):
             if attention_mask is None:
                 # [s, b, n, d] -> [b, n, s, d]
                 parts = [
-                    attend(*(x.permute(1, 2, 0, 3) for x in part), scale=self.scale, dropout=dropout).permute(
-                        2, 0, 1, 3
-                    )
+                    attend(*(x.permute(1, 2, 0, 3) for x in part), **scores).permute(2, 0, 1, 3)
                     for part in zip(queries, keys, values, strict=True)
                 ]
                 context = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -86,8 +113,7 @@ class CoreAttention(torch.nn.Module):
                 tokens = attend_segments(
                     *(flatten(x) for x in (queries, keys, values)),
                     segments=attention_mask,
-                    scale=self.scale,
-                    dropout=dropout,
+                    **scores,
                 )
                 context = unflatten(tokens, queries)
         return context.reshape(query.size(0), query.size(1), -1)
@@ -116,3 +142,23 @@ class CoreAttention(torch.nn.Module):
             torch.cat(in_sequence[: c + 1])
             for c in chunks_of_rank(self.context_group.rank(), self.context_size)
         ]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Where this rank's sinks lie among those of all heads."""
+        if self.softmax_offset is None:
+            return {}
+        from megatron_moe.engine.sharding import split_vectors
+
+        return split_vectors(self, prefix, sharded_offsets, metadata, self.tensor_group)
+
+
+def _window(config: Any, layer_number: int) -> int | None:
+    """Tokens that each token of this layer sees, counted from 1; None: all before it."""
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    before: int = config.window_size[0]
+    return before + 1

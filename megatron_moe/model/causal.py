@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -11,40 +13,145 @@ from torch import Tensor
 _MASK_ENTRIES = 1 << 22
 """Largest mask that is made at once."""
 
+_ROWS = 256
+"""Queries that share a mask under a narrow window: the keys of each are then no more than these and two
+windows."""
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, dropout: float = 0.0) -> Tensor:
-    """softmax(Q K^T * scale) V, where query i sees the keys up to S - L + i.
 
-    On the host queries that are fewer than their keys take small masks, some rows at a time; on a GPU torch's
-    kernels know this form of causality.
+@dataclass(frozen=True)
+class Scores:
+    """What is made of Q K^T.
+
+    Attributes:
+        scale: its factor.
+        dropout: probability, behind the softmax.
+        window: keys that a query sees, its own the last; None: all up to its own.
+        sinks: [n] a logit of each head that takes part in the softmax and brings nothing (gpt-oss); None: no
+            such logits.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    window: int | None = None
+    sinks: Tensor | None = None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(Q K^T * scale) V, where query i sees the keys up to S - L + i, or the last ones of these.
+
+    On the host queries that are fewer than their keys, and everywhere queries under a window, take small
+    masks, some rows at a time; on a GPU torch's kernels know the other form of causality.
 
     Args:
         query: [b, n, L, d], the last L of S positions.
         key: [b, g, S, d]; g divides n.
         value: [b, g, S, d'].
+        dropout, window, sinks: see `Scores`.
 
     Returns:
         [b, n, L, d'].
     """
+    return _attend(query, key, value, Scores(scale, dropout, window, sinks))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    width = value.size(-1)
+    if scores.window is not None and scores.window >= key.size(2):
+        scores = replace(scores, window=None)
+    if scores.sinks is not None:
+        query, key, value = _with_sinks(query, key, value, scores)
+    # The key of the sinks is the first one: to be seen by all, as causality has it.
+    leading = 0 if scores.sinks is None else 1
+    if scores.window is not None:
+        return _in_rows(query, key, value, scores, leading)[..., :width]
     length, keys = query.size(2), key.size(2)
     if length == keys:
-        return _attention(query, key, value, scale, dropout, is_causal=True)
+        return _attention(query, key, value, scores, is_causal=True)
     if query.is_cuda:
         from torch.nn.attention.bias import causal_lower_right
 
-        return _attention(query, key, value, scale, dropout, mask=causal_lower_right(length, keys))
-    rows = max(1, _MASK_ENTRIES // keys)
-    parts, end = [], 0
-    for part in query.split(rows, dim=2):
-        end += part.size(2)
-        seen = keys - length + end
-        mask = torch.ones(part.size(2), seen, dtype=torch.bool, device=query.device).tril(seen - part.size(2))
-        parts.append(_attention(part, key[:, :, :seen], value[:, :, :seen], scale, dropout, mask=mask))
+        context = _attention(query, key, value, scores, mask=causal_lower_right(length, keys))
+        return context[..., :width]
+    return _in_rows(query, key, value, scores, leading)[..., :width]
+
+
+def _with_sinks(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """A key before the first one, whose score is the head's sink and whose value is nothing, and for it one
+    more channel; so that torch's attention computes sinks, and their gradient."""
+    assert scores.sinks is not None
+    sinks = (scores.sinks / scores.scale).to(query.dtype)[:, None, None]
+    query = torch.cat([query, sinks.expand(query.size(0), -1, query.size(2), 1)], dim=-1)
+    key, value = F.pad(key, (0, 1, 1, 0)), F.pad(value, (0, 1, 1, 0))
+    key[:, :, 0, -1] = 1
+    return query, key, value
+
+
+def _in_rows(query: Tensor, key: Tensor, value: Tensor, scores: Scores, leading: int) -> Tensor:
+    """`attend` some queries at a time, each with the keys that one of them sees.
+
+    Args:
+        leading: keys at the beginning that all see, beside those of the window.
+    """
+    before = key.size(2) - leading - query.size(2)
+    window = scores.window or key.size(2)
+    if scores.window is None:
+        rows = _MASK_ENTRIES // key.size(2)
+    else:
+        rows = max(_ROWS, window)
+        rows = min(rows, _MASK_ENTRIES // (2 * rows))
+    parts, begin = [], before
+    for part in query.split(max(1, rows), dim=2):
+        first, end = max(0, begin - window + 1), begin + part.size(2)
+        seen_keys, seen_values = (_seen(x, leading, first, end) for x in (key, value))
+        mask = _mask(part.size(2), end - first, begin - first, window, leading, query.dtype, query.device)
+        parts.append(_attention(part, seen_keys, seen_values, scores, mask=mask))
+        begin = end
     return torch.cat(parts, dim=2)
 
 
+def _seen(x: Tensor, leading: int, first: int, end: int) -> Tensor:
+    """[b, g, leading + S, d] -> the leading ones, and those from `first` to before `end` behind them."""
+    if leading and first:
+        return torch.cat([x[:, :, :leading], x[:, :, leading + first : leading + end]], dim=2)
+    return x[:, :, : leading + end] if leading else x[:, :, first:end]
+
+
+@lru_cache(maxsize=8)
+def _mask(
+    rows: int, keys: int, before: int, window: int, leading: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[rows, leading + keys] what is added to scores: 0 where query i sees a key, among them the last
+    `window` up to key before + i; else minus infinity.
+
+    Kept, because most rows of all layers have the same one, and autograd keeps each that it is given.
+    """
+    query = torch.arange(rows, device=device)[:, None] + before
+    key = torch.arange(keys, device=device)[None]
+    hidden = (key > query) | (key <= query - window)
+    return F.pad(
+        torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf), (leading, 0)
+    )
+
+
 def attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, *, segments: Tensor, scale: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    segments: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`attend`, segment by segment.
 
@@ -56,36 +163,36 @@ def attend_segments(
     Returns:
         [tokens, n, d].
     """
-    if _has_kernel(query, key, value, dropout):
-        return _by_kernel(query, key, value, segments, scale)
+    scores = Scores(scale, dropout, window, sinks)
+    if _has_kernel(query, key, value, scores):
+        return _by_kernel(query, key, value, segments, scores)
     # Where there is no such kernel on a GPU, the host waits here for the numbers.
     numbers: list[list[int]] = segments.tolist()
     queries = query.split([queries for queries, _ in numbers])
     keys, values = (x.split([keys for _, keys in numbers]) for x in (key, value))
     parts = [
-        _attend_tokens(*part, scale, dropout)
-        for part in zip(queries, keys, values, strict=True)
-        if part[0].size(0)
+        _attend_tokens(*part, scores) for part in zip(queries, keys, values, strict=True) if part[0].size(0)
     ]
     return torch.cat(parts)
 
 
-def _attend_tokens(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+def _attend_tokens(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """`attend` of [L, n, d] to [S, g, d] twice -> [L, n, d]."""
     batched = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    return attend(*batched, scale=scale, dropout=dropout).squeeze(0).transpose(0, 1)
+    return _attend(*batched, scores).squeeze(0).transpose(0, 1)
 
 
-def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+def _has_kernel(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> bool:
     """Whether torch's attention over sequences of different lengths can take this.
 
-    It has no dropout, and what it does with fewer queries than keys, which only context parallelism makes, is
-    not documented.
+    It has neither dropout nor sinks, and what it does with fewer queries than keys, which only context
+    parallelism makes, is not documented.
     """
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
-        and dropout == 0.0
+        and scores.dropout == 0.0
+        and scores.sinks is None
         and query.size(0) == key.size(0)
         and query.size(-1) == value.size(-1)
         and query.size(-1) % 8 == 0
@@ -93,7 +200,7 @@ def _has_kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bo
     )
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scale: float) -> Tensor:
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scores: Scores) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     ends = F.pad(segments[:, 0].cumsum(0, dtype=torch.int32), (1, 0))
@@ -106,8 +213,8 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, scal
         ends,
         longest,
         longest,
-        scale=scale,
-        window_size=(-1, 0),
+        scale=scores.scale,
+        window_size=(-1 if scores.window is None else scores.window - 1, 0),
         enable_gqa=query.size(1) != key.size(1),
     )
     assert isinstance(context, Tensor)
@@ -118,8 +225,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: float,
-    dropout: float,
+    scores: Scores,
     is_causal: bool = False,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -134,8 +240,8 @@ def _attention(
         value,
         attn_mask=mask,
         is_causal=is_causal,
-        dropout_p=dropout,
-        scale=scale,
+        dropout_p=scores.dropout,
+        scale=scores.scale,
         enable_gqa=grouped,
     )
 

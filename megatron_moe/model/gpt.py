@@ -11,6 +11,7 @@ from megatron_moe.engine import recompute
 from megatron_moe.engine.versions import repair_missing_transformer_engine
 from megatron_moe.model.initialization import initialize
 from megatron_moe.model.layers import block_spec, prediction_spec
+from megatron_moe.model.rotary import scale_frequencies
 from megatron_moe.model.transformer_config import transformer_config
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.stages import Stage
@@ -65,8 +66,10 @@ def _build_chunk(experiment: Experiment, config: Any, stage: Stage, virtual: boo
         share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
-        rotary_base=int(model.rotary_base),
+        # It says int, and takes what it is raised to a power of.
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]
         mtp_block_spec=prediction_spec(experiment, config, stage),
         vp_stage=stage.chunk if virtual else None,
     )
+    scale_frequencies(chunk, model)
     return chunk

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.schema.model import Model
 from megatron_moe.engine.versions import accept_as_linear, moe_submodules
+from megatron_moe.model import lora
 from megatron_moe.model.attention import CoreAttention
-from megatron_moe.model.norms import Norm
+from megatron_moe.model.attention_parts import biased, clipped
+from megatron_moe.model.norms import Norm, NormOfKeys, NormOfQueries
 from megatron_moe.plan.costs.weights import kind_of_mtp_layers
 from megatron_moe.plan.journeys import choice
 from megatron_moe.plan.stages import Stage
@@ -52,9 +55,25 @@ def _layer_spec(experiment: Experiment, config: Any, kind: Literal["dense", "moe
     native = experiment.model.spec == "native"
     make = native_layer_spec if native else transformer_engine_layer_spec
     spec = make(config, num_experts=config.num_moe_experts if kind == "moe" else None)
+    _adapt_attention(spec.submodules.self_attention, experiment.model)
+    lora.put_into(spec, experiment, has_experts=kind == "moe")
     if kind == "moe":
         _use_our_moe_layer(spec, experiment, config)
     return spec
+
+
+def _adapt_attention(attention: Any, model: Model) -> None:
+    """Put into the spec of attention what Megatron-Core's config has no field for."""
+    parts = attention.submodules
+    # `add_bias_linear` says it of all linear layers.
+    if model.attention_output_bias != model.mlp_bias:
+        parts.linear_proj = biased(parts.linear_proj, model.attention_output_bias)
+    if model.qkv_bias != model.mlp_bias and model.multi_latent_attention is None:
+        parts.linear_qkv = biased(parts.linear_qkv, model.qkv_bias)
+    if model.qk_norm == "all_heads":
+        parts.q_layernorm, parts.k_layernorm = NormOfQueries, NormOfKeys
+    if model.clip_qkv is not None:
+        attention.module = clipped(attention.module, model.clip_qkv)
 
 
 def native_layer_spec(config: Any, num_experts: int | None) -> Any:
@@ -122,8 +141,9 @@ def _use_our_moe_layer(layer_spec: Any, experiment: Experiment, config: Any) -> 
     assert experiment.moe is not None
     parts, seed = layer_spec.submodules, experiment.training.seed
     submodules = moe_submodules(parts.mlp)
+    lora.put_into_shared_experts(submodules, experiment)
     if experiment.model.spec == "native":
-        submodules.experts = experts_class(experiment.moe)
+        submodules.experts = experts_class(experiment.moe, experiment.training.lora)
     if experiment.moe.moe_token_dispatcher_type == "flex" or experiment.moe.overlap_moe_expert_parallel_comm:
         # The library's kernels are called by Megatron-Core's own layer, and its schedule takes that apart.
         submodules.router = router_class(experiment.moe, seed)

@@ -11,10 +11,8 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.model.activations import ACTIVATIONS
+from megatron_moe.model.rotary import softmax_scale
 from megatron_moe.plan.plan import Plan
-
-BIASES = "add_bias_linear"
-"""Biases of all linear layers, experts and routers; a field of TransformerConfig."""
 
 _UNCHECKED_MODULES = ("core_attn", "moe_act")
 """Recomputed modules that TransformerConfig must not see: of the first it warns that Transformer Engine's
@@ -35,6 +33,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         raise InputError(f"{keys} ({experiment.training.precision}) is fp32 on this machine: set it to bf16")
     fields = (
         _model_fields(experiment, dtype)
+        | _attention_fields(experiment)
         | _latent_attention_fields(experiment)
         | _moe_fields(experiment)
         | _parallel_fields(experiment, plan)
@@ -42,10 +41,9 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         | _device_fields(experiment)
     )
     further = experiment.model.megatron_core
-    has_biases = further.get(BIASES, False)
     kind = TransformerConfig if experiment.model.multi_latent_attention is None else MLATransformerConfig
     try:
-        config = kind(**fields, **further | {BIASES: False})
+        config = kind(**fields, **further)
     except (AssertionError, TypeError, ValueError) as error:
         named = [need.key for need in needs_of(experiment)]
         if further:
@@ -59,7 +57,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
             "change or leave out what it names"
         ) from error
     # Not before its checks: they refuse experts with biases where ETP > 1, which its own add up wrongly.
-    config.add_bias_linear = has_biases
+    config.add_bias_linear = experiment.model.mlp_bias
     if experiment.recompute.granularity == "selective":
         config.recompute_modules = list(experiment.recompute.modules or ())
     return config
@@ -67,7 +65,7 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
 
 def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
     model = experiment.model
-    activation, gated = ACTIVATIONS[model.activation]
+    activation = ACTIVATIONS[model.activation]
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -79,8 +77,11 @@ def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
         "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
         "normalization": model.normalization,
         "layernorm_epsilon": model.layernorm_epsilon,
-        "activation_func": activation,
-        "gated_linear_unit": gated,
+        "activation_func": activation.function,
+        "gated_linear_unit": activation.is_gated,
+        "activation_func_clamp_value": activation.limit,
+        "glu_linear_offset": activation.offset,
+        "add_bias_linear": False,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "init_method_std": model.init_method_std,
@@ -98,6 +99,23 @@ def _model_fields(experiment: Experiment, dtype: torch.dtype) -> dict[str, Any]:
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
     }
+
+
+def _attention_fields(experiment: Experiment) -> dict[str, Any]:
+    model = experiment.model
+    fields: dict[str, Any] = {"softmax_type": "learnable" if model.attention_sinks else "vanilla"}
+    if model.multi_latent_attention is None:
+        fields |= {
+            "qk_layernorm": model.qk_norm == "head",
+            # Then it is ours, whose weights ranks share: under the other field Megatron-Core (0.16.1, 0.19.2)
+            # adds up their gradients over tensor-parallel ranks as those of copies.
+            "qk_l2_norm": model.qk_norm == "all_heads",
+            "softmax_scale": softmax_scale(model),
+        }
+    if model.sliding_window is not None:
+        fields["window_size"] = (model.sliding_window - 1, 0)
+        fields["window_attn_skip_freq"] = model.window_attn_skip_freq
+    return fields
 
 
 def _latent_attention_fields(experiment: Experiment) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import attention_on_ranks
 import pytest
@@ -31,9 +30,7 @@ def sample(groups: int, length: int = 16, dtype: torch.dtype = torch.float64) ->
 
 
 def alone(kv_channels: int = 6, softmax_scale: float | None = None) -> CoreAttention:
-    config = SimpleNamespace(
-        kv_channels=kv_channels, attention_dropout=0.0, sequence_parallel=False, context_parallel_size=1
-    )
+    config = attention_on_ranks.settings(kv_channels=kv_channels)
     return CoreAttention(config, 1, None, "self", softmax_scale=softmax_scale)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import attention_on_ranks
@@ -49,10 +48,7 @@ def sample(length: int = 32, groups: int = 2) -> tuple[list[Tensor], Tensor, Ten
 
 
 def alone() -> CoreAttention:
-    config = SimpleNamespace(
-        kv_channels=8, attention_dropout=0.0, sequence_parallel=False, context_parallel_size=1
-    )
-    return CoreAttention(config, 1, None, "self")
+    return CoreAttention(attention_on_ranks.settings(kv_channels=8), 1, None, "self")
 
 
 def gradients(output: Tensor, leaves: list[Tensor], upstream: Tensor) -> list[Tensor]:
@@ -143,7 +139,7 @@ def test_queries_fewer_than_keys_in_small_masks(monkeypatch: pytest.MonkeyPatch)
         for heads, length in ((4, 12), (2, 30), (2, 30))
     )
     whole = causal.attend(query, key, value, scale=0.3)
-    on_a_gpu = causal._attention(query, key, value, 0.3, 0.0, mask=causal_lower_right(12, 30))
+    on_a_gpu = causal._attention(query, key, value, causal.Scores(0.3), mask=causal_lower_right(12, 30))
     torch.testing.assert_close(on_a_gpu, whole, rtol=1e-12, atol=0)
     largest = 0
     plain = causal._attention

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
 from megatron_moe.config.schema.moe import MoE
+from megatron_moe.config.schema.training import Lora
 from megatron_moe.engine.versions import build
 from megatron_moe.model.moe.attached import megatron_scale
 from megatron_moe.model.moe.dispatch import dispatcher
@@ -35,8 +36,9 @@ def router_class(moe: MoE, seed: int) -> type[Router]:
     return DenseRouter
 
 
-def experts_class(moe: MoE) -> type[Experts]:
-    """Our experts, as Megatron-Core's specs build them."""
+def experts_class(moe: MoE, lora: Lora | None = None) -> type[Experts]:
+    """Our experts, as Megatron-Core's specs build them; with adapters where `lora` says so."""
+    adapters = lora if lora is not None and "experts" in lora.targets else None
 
     class MegatronExperts(Experts):
         def __init__(self, num_local_experts: int, config: Any, pg_collection: Any, **kwargs: Any) -> None:
@@ -49,6 +51,8 @@ def experts_class(moe: MoE) -> type[Experts]:
                 dropout=moe.moe_expert_dropout,
                 has_bias=config.add_bias_linear,
                 recompute_activation="moe_act" in modules,
+                lora_rank=adapters.rank if adapters else 0,
+                lora_scale=(adapters.alpha or 0.0) / adapters.rank if adapters else 1.0,
                 dtype=config.params_dtype,
                 device=torch.cuda.current_device(),
             )
@@ -146,7 +150,6 @@ def _router_arguments(config: Any, pg_collection: Any, seed: int) -> dict[str, A
     return {
         "groups": of_megatron(pg_collection, config.sequence_parallel),
         "seed": seed,
-        "has_bias": config.add_bias_linear,
         "dtype": config.params_dtype,
     }
 

@@ -40,7 +40,7 @@ class Router(ExactBuffers):
         dtype: of the weights.
 
     Parameters:
-        weight: [e, h]. bias: [e], where `has_bias`. A gate that takes no logits has neither.
+        weight: [e, h]. bias: [e], where moe_router_bias. A gate that takes no logits has neither.
 
     Attributes:
         loss_scale: of the gradients of its losses, asked in the backward pass. A program that scales its own
@@ -60,7 +60,6 @@ class Router(ExactBuffers):
         *,
         seed: int = 0,
         gate: Gate | None = None,
-        has_bias: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
@@ -75,7 +74,7 @@ class Router(ExactBuffers):
         if self.gate.takes_logits:
             self.weight = torch.nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype, device=device))
             torch.nn.init.normal_(self.weight, std=0.02 * moe.moe_router_init_scale)
-            if has_bias:
+            if moe.moe_router_bias:
                 self.bias = torch.nn.Parameter(torch.zeros(experts, dtype=dtype, device=device))
         biased = moe.moe_router_enable_expert_bias
         self.register_buffer("expert_bias", torch.zeros(experts, device=device) if biased else None)
@@ -139,14 +138,15 @@ class Router(ExactBuffers):
     @torch.no_grad()
     def end_iteration(self, load: Tensor, drop_rate: float | None) -> None:
         """Go on to the next iteration: move coefficients and expert biases. To be called once after each
-        update of the weights, on every rank with the same numbers.
+        update of the weights, on every rank with the same numbers. The biases of a frozen router stay: they
+        are a part of how it chooses. Coefficients are of losses, which others learn from.
 
         Args:
             load: [e] assignments of valid tokens to each expert over the global batch, before drops.
             drop_rate: what adaptive coefficients follow, over the global batch; None where no token was
                 routed.
         """
-        if self.expert_bias is not None:
+        if self.expert_bias is not None and (self.weight is None or self.weight.requires_grad):
             # DeepSeek-V3, section 2.1.2: down where overloaded, up where under.
             missing = load.mean() - load
             self.expert_bias += self.moe.moe_router_bias_update_rate * missing.sign().to(self.expert_bias)

@@ -23,7 +23,7 @@ def attention(work: Work) -> tuple[Cost, Cost]:
     projections = work.columns(width, query + both) + work.rows(query, width)
     if model.position_embedding_type == "rope":
         projections += _rotation(work, (query + both / 2) * model.rotary_percent)
-    if model.megatron_core.get("qk_layernorm"):
+    if model.qk_norm is not None:
         projections += _per_head(work, 2 * (query + both / 2), 3 * (query + both / 2))
     return projections, _core(work, head, head, both)
 

@@ -16,13 +16,13 @@ def largest(moe: MoE, values: Tensor) -> Tensor:
     """[t, k] the experts of the largest values [t, e], the largest first; where experts lie in groups, of the
     best groups only.
 
-    A group's value is its largest one with softmax scores (DeepSeek-V2), and with sigmoid scores the sum of
-    its k / moe_router_group_topk largest (DeepSeek-V3).
+    A group's value is the sum of its moe_router_group_score_topk largest.
     """
     k, groups, chosen = moe.moe_router_topk, moe.moe_router_num_groups, moe.moe_router_group_topk
     if groups is not None and chosen is not None:
         grouped = values.unflatten(1, (groups, -1))
-        summed = k // chosen if moe.moe_router_score_function == "sigmoid" else 1
+        summed = moe.moe_router_group_score_topk
+        assert summed is not None
         best = grouped.topk(summed, dim=-1).values.sum(-1).topk(chosen, dim=-1).indices
         outside = torch.ones(len(values), groups, dtype=torch.bool, device=values.device)
         outside = outside.scatter(1, best, False)
@@ -34,8 +34,8 @@ def weighed(moe: MoE, logits: Tensor, experts: Tensor, chosen: Tensor | None = N
     """The choice of these experts, its scores and weights as the score function says.
 
     `softmax`: weights are the softmax over the k chosen logits (Mixtral), or with pre-softmax that over all e
-    (Switch Transformer, DeepSeek-V2). `sigmoid`: sigmoids of the logits, over their sum where k > 1
-    (DeepSeek-V3).
+    (Switch Transformer, DeepSeek-V2). `sigmoid`: sigmoids of the logits, with moe_router_norm_topk over their
+    sum where k > 1 (DeepSeek-V3).
 
     Args:
         logits: [t, e].
@@ -47,7 +47,7 @@ def weighed(moe: MoE, logits: Tensor, experts: Tensor, chosen: Tensor | None = N
         scores = affinities / (affinities.sum(-1, keepdim=True) + _TINY)
         weights = affinities.gather(1, experts)
         weights = weights if chosen is None else weights * chosen
-        if experts.size(1) > 1:
+        if experts.size(1) > 1 and moe.moe_router_norm_topk:
             weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
     elif moe.moe_router_pre_softmax:
         scores = logits.softmax(-1)
