@@ -15,6 +15,8 @@ from megatron_moe.convert.correspondence import Group, gated, padded, query_key_
 
 Part = Callable[[Experiment, str, str], Iterator[Group]]
 """Some of a layer's weights, by its names."""
+FREQUENCIES = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+"""Tables that old files have."""
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def block_spec(parts: Parts, count: int) -> MultiTokenPredictionBlockSubmodules:
 
 class FurtherPredictingModel(GPTModel):
     """A GPTModel whose last stage returns the losses of all predictions in training: [1 + D, b, s], the next
-    token's first. Without `further`, as in evaluation, it is the model without its D further layers."""
+    token's first. Without `further`, as in evaluation, it is the model without its D further layers; without
+    labels it returns logits [b, s, padded v]."""
 
     _further: Sequence[Further] | None = None
 
@@ -141,7 +142,7 @@ class FurtherPredictingModel(GPTModel):
         hidden_states: Tensor,
         *,
         position_ids: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | None,
         **kwargs: Any,
@@ -167,6 +168,9 @@ class FurtherPredictingModel(GPTModel):
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
+        if labels is None:
+            logits: Tensor = self.output_layer(hidden_states, weight=weight)[0]
+            return logits.transpose(0, 1).contiguous()
         losses = [
             self.compute_language_model_loss(targets, self.output_layer(hidden, weight=weight)[0])
             for hidden, targets in zip(depths, [labels, *(it.labels for it in further)], strict=True)

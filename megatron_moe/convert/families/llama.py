@@ -11,7 +11,7 @@ from megatron_moe.convert.backbone_config import read_transformer, write_transfo
 from megatron_moe.convert.config_json import ConfigJson
 from megatron_moe.convert.correspondence import Group
 from megatron_moe.convert.family import Family, Json
-from megatron_moe.convert.transformer_weights import attention, transformer
+from megatron_moe.convert.transformer_weights import FREQUENCIES, attention, transformer
 
 
 def sections(config: Json) -> dict[str, Any]:
@@ -46,6 +46,5 @@ FAMILY = Family(
     sections,
     checked(sections, config),
     groups,
-    # Tables of frequencies, which old files of Llama 2 have.
-    without_weights=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    without_weights=(FREQUENCIES,),
 )

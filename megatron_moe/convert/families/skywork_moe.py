@@ -17,7 +17,7 @@ from megatron_moe.convert.correspondence import Group
 from megatron_moe.convert.families.mixtral import NAMES
 from megatron_moe.convert.family import Family, Json, NotOfFamily
 from megatron_moe.convert.moe_config import mixture_of, read_balance, write_balance
-from megatron_moe.convert.transformer_weights import attention, mixture, transformer
+from megatron_moe.convert.transformer_weights import FREQUENCIES, attention, mixture, transformer
 
 _TOPK = 2
 
@@ -94,4 +94,5 @@ FAMILY = Family(
     sections,
     checked(sections, config),
     groups,
+    without_weights=(FREQUENCIES,),
 )
