@@ -35,7 +35,7 @@ def save(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, common: di
     _begin_moments(optimizer)
     state = _model_state(chunks)
     model = dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=False, metadata=_metadata())
+    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata())
     state["rng"] = _random_states_object()
     state["common"] = common
     dist_checkpointing.save(state, str(folder), _save_strategy(), content_metadata=METADATA)
@@ -66,7 +66,7 @@ def load(folder: Path, chunks: list[torch.nn.Module], optimizer: Any, with_rng: 
     state = _model_state(chunks)
     model = dict(state)
     check_names(folder, model)
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata())
+    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata())
     if with_rng:
         state["rng"] = _random_states_object()
     loaded = dist_checkpointing.load(state, str(folder))
@@ -105,25 +105,29 @@ def check_names(folder: Path, state: dict[str, Any]) -> None:
 
 def sharded_weights(chunks: list[torch.nn.Module]) -> list[Any]:
     """Every ShardedTensor of this rank's model chunks, gate and up-projection apart. A collective."""
-    return list(_sharded_tensors(_model_state(chunks)))
+    return list(sharded_tensors(_model_state(chunks)))
 
 
 def sharded_gradients(chunks: list[torch.nn.Module]) -> list[Any]:
-    """As `sharded_weights`, with the gradient in `main_grad` where the weight was; what has none is left
-    out."""
+    """As `sharded_weights`, with the gradient in `main_grad` where the weight was; what has none, or is
+    frozen, is left out."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
 
     found: list[Any] = []
     for name, model in _named(chunks):
-        gradients: dict[int, Any] = {id(weight): weight.main_grad for weight in model.parameters()}  # type: ignore[attr-defined]
-        state = model.sharded_state_dict(metadata=_metadata())  # type: ignore[operator]
+        gradients: dict[int, Any] = {
+            id(weight): weight.main_grad  # type: ignore[attr-defined]
+            for weight in model.parameters()
+            if weight.requires_grad
+        }
+        state = model.sharded_state_dict(metadata=metadata())  # type: ignore[operator]
         for value in nested_values(state):
             if isinstance(value, ShardedBase) and id(value.data) in gradients:
                 value.data = gradients[id(value.data)]
                 if isinstance(value, ShardedTensor):
                     value.dtype = value.data.dtype
-                found += _sharded_tensors({name: value})
+                found += sharded_tensors({name: value})
     return found
 
 
@@ -143,7 +147,7 @@ def _named(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
 
 def _model_state(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     overlap.complete_weights(chunks)
-    return {name: model.sharded_state_dict(metadata=_metadata()) for name, model in _named(chunks)}  # type: ignore[operator]
+    return {name: model.sharded_state_dict(metadata=metadata()) for name, model in _named(chunks)}  # type: ignore[operator]
 
 
 def _load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -151,7 +155,8 @@ def _load_model_state(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> 
         model.load_state_dict(loaded[name])
 
 
-def _metadata() -> dict[str, Any]:
+def metadata() -> dict[str, Any]:
+    """How tensors are laid out, as Megatron-Core's `sharded_state_dict` wants to be told."""
     from megatron.core import parallel_state
 
     return {
@@ -169,10 +174,11 @@ def _save_strategy() -> Any:
 
 
 def _tensor_keys(state: dict[str, Any]) -> list[str]:
-    return [tensor.key for tensor in _sharded_tensors(state)]
+    return [tensor.key for tensor in sharded_tensors(state)]
 
 
-def _sharded_tensors(state: dict[str, Any]) -> list[Any]:
+def sharded_tensors(state: dict[str, Any]) -> list[Any]:
+    """Every ShardedTensor in a state, factories' tensors among them."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 

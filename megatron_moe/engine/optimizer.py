@@ -68,6 +68,10 @@ def build_optimizer(experiment: Experiment, chunks: list[torch.nn.Module], dtype
         config_overrides=_parameter_groups(experiment, config),
         use_gloo_process_groups=gloo_beside_nccl(),
     )
+    # Where all weights of a kind are frozen, on every rank, there is one without any, which cannot be saved.
+    there = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    if len(there) < len(optimizer.chained_optimizers):
+        optimizer = megatron_optimizer.ChainedOptimizer(there)
     for group in optimizer.param_groups:
         for name in ("cpu_optimizer_cls", "gpu_optimizer_cls"):
             # The optimizer on two devices leaves classes there; a checkpoint with one could not be loaded.

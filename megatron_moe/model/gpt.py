@@ -9,6 +9,7 @@ import torch
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import recompute
 from megatron_moe.engine.versions import repair_missing_transformer_engine
+from megatron_moe.model import trained
 from megatron_moe.model.initialization import initialize
 from megatron_moe.model.layers import block_spec, prediction_spec
 from megatron_moe.model.rotary import scale_frequencies
@@ -44,6 +45,7 @@ def build_chunks(experiment: Experiment, plan: Plan, dtype: torch.dtype) -> list
         chunk = _build_chunk(experiment, config, stage, virtual=len(stages) > 1)
         chunk.to(torch.cuda.current_device())
         initialize(chunk, experiment, stage)
+        trained.choose(chunk, experiment)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
 

@@ -30,6 +30,9 @@ each."""
 SINKS = re.compile(r"\.softmax_offset$")
 """One number a head, drawn like a matrix."""
 
+ADAPTER_OF_EXPERTS = re.compile(r".*\.experts\.lora_fc[12]\.lora_a$")
+"""The half of their adapters that is drawn, of all local experts."""
+
 BIAS = re.compile(r"bias\d*$")
 """Biases; Transformer Engine numbers those of its experts."""
 
@@ -40,7 +43,8 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
 
     std is `model.init_method_std`, over sqrt(2 num_layers) for projections into the residual stream, and for
     the embeddings `model.megatron_core.embedding_init_method_std` where it is given. Routed experts and
-    routers have it times `moe.moe_expert_init_scale` and `moe.moe_router_init_scale`.
+    routers have it times `moe.moe_expert_init_scale` and `moe.moe_router_init_scale`. Of adapters A has the
+    variance of the uniform distribution that LoRA's authors draw from, 1 / (3 in), and B is 0.
 
     Args:
         chunk: a GPTModel whose layers are those of `stage`.
@@ -53,12 +57,17 @@ def initialize(chunk: torch.nn.Module, experiment: Experiment, stage: Stage) -> 
         if parameter.dim() == 1 and not SINKS.search(name):
             parameter.fill_(1.0)
             continue
+        if name.endswith(".lora_b"):
+            parameter.zero_()
+            continue
         name = _global_name(name, stage, not model.untie_embeddings_and_output_weights)
         std = _standard_deviation(name, experiment)
         # Gate and up-projection lie one behind the other, and each is cut.
         blocks = 2 if "linear_fc1" in name and ACTIVATIONS[_activation(name, experiment)].is_gated else 1
         for piece, piece_name in _pieces(name, parameter, experiment):
             full_shape, part = _part_of_this_rank(name, parameter, piece.shape, blocks)
+            if name.endswith(".lora_a"):
+                std = 1 / math.sqrt(3 * full_shape[-1])
             generator = generator_of(experiment.training.seed, piece_name)
             full = torch.empty(full_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
             piece.copy_(part(full))
@@ -98,7 +107,7 @@ def _pieces(name: str, parameter: Tensor, experiment: Experiment) -> Iterator[tu
     """Each separately seeded matrix inside a parameter: the local experts one by one, else the parameter
     itself."""
     experts = EXPERTS.match(name)
-    if experts is None:
+    if experts is None and not ADAPTER_OF_EXPERTS.match(name):
         yield parameter, name
         return
     from megatron.core import parallel_state
@@ -106,11 +115,11 @@ def _pieces(name: str, parameter: Tensor, experiment: Experiment) -> Iterator[tu
     assert experiment.moe is not None
     local = experiment.moe.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
     first = local * parallel_state.get_expert_model_parallel_rank()
-    if experts[2] is not None:
+    if experts is not None and experts[2] is not None:
         yield parameter, f"{experts[1]}.{first + int(experts[2])}"
         return
     for index, piece in enumerate(parameter):
-        yield piece, f"{experts[1]}.{first + index}"
+        yield piece, f"{name if experts is None else experts[1]}.{first + index}"
 
 
 def _part_of_this_rank(
@@ -119,7 +128,7 @@ def _part_of_this_rank(
     """The shape of the full matrix, and the function that cuts this tensor-parallel rank's part out of it."""
     from megatron.core import parallel_state
 
-    if EXPERTS.match(name):
+    if EXPERTS.match(name) or ADAPTER_OF_EXPERTS.match(name):
         # Transformer Engine's experts carry no mark of the cut.
         dim = 0 if "linear_fc1" in name else 1
         rank = parallel_state.get_expert_tensor_parallel_rank()

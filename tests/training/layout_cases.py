@@ -160,16 +160,16 @@ def verify(
     steps: int = 1,
     fault: on_ranks.Change | None = None,
     padded: bool = False,
+    change: on_ranks.Change | None = None,
     **sections: Any,
 ) -> Report:
-    """Both parts, as the command runs them: the layout's ranks, then one process."""
+    """Both parts, as the command runs them: the layout's ranks, then one process. A `fault` is in the first
+    one only, a `change` in both."""
     under_layout = experiment_of({"parallel": parallel, **sections})
     of_model = {key: value for key, value in sections.items() if key not in ("pipeline", "recompute")}
     alone = experiment(parallel=layout(dp=1, expert_model_parallel_size=1), **of_model)
-    change = on_ranks.pad if padded else fault
+    change = on_ranks.pad if padded else change
     pool = ranks(Layout.of(under_layout).world_size)
-    pool.run(on_ranks.layout_part, under_layout, steps, folder, change)
-    (report,) = ranks(1).run(
-        on_ranks.reference_part, alone, steps, folder, None, on_ranks.pad if padded else None
-    )
+    pool.run(on_ranks.layout_part, under_layout, steps, folder, change or fault)
+    (report,) = ranks(1).run(on_ranks.reference_part, alone, steps, folder, None, change)
     return report

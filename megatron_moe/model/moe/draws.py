@@ -64,11 +64,13 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-def uniform(drawer: int, rows: Tensor, columns: int) -> Tensor:
+def uniform(drawer: int, rows: Tensor, columns: int, first: int = 0) -> Tensor:
     """[len(rows), columns] float32 between 0 and 1, a function of `drawer`, each row's number and the
-    column."""
+    column, of which they begin with the `first`."""
     # One hash makes two numbers.
-    hashes = _hashes(drawer, rows, -(-columns // 2)).view(torch.int32)[:, :columns]
+    begin, skipped = divmod(first, 2)
+    count = -(-(skipped + columns) // 2)
+    hashes = _hashes(drawer, rows, count, begin).view(torch.int32)[:, skipped : skipped + columns]
     return (((hashes >> (32 - _BITS)) & ((1 << _BITS) - 1)).float() + 0.5) * 2.0**-_BITS
 
 
@@ -78,10 +80,10 @@ def normal(drawer: int, rows: Tensor, columns: int) -> Tensor:
     return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
 
 
-def _hashes(drawer: int, rows: Tensor, columns: int) -> Tensor:
+def _hashes(drawer: int, rows: Tensor, columns: int, begin: int = 0) -> Tensor:
     """[len(rows), columns] int64: SplitMix64 (Steele, Lea, Flood 2014), one stream a row."""
     streams = _mixed(_mixed(rows.long() ^ drawer))
-    steps = torch.arange(1, columns + 1, device=rows.device) * _GAMMA
+    steps = torch.arange(begin + 1, begin + columns + 1, device=rows.device) * _GAMMA
     return _mixed(streams[:, None] + steps)
 
 

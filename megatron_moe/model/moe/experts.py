@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_moe.engine.recompute import DiscardedOutput
 from megatron_moe.model.activations import ACTIVATIONS
+from megatron_moe.model.moe.adapters import ExpertAdapter, adapted
 from megatron_moe.model.moe.expert_loop import expert_loop
 from megatron_moe.model.moe.grouped_linear import ExpertBias, grouped_bias, grouped_linear
 from megatron_moe.model.moe.groups import MoEGroups, rank, size
@@ -32,6 +33,8 @@ class ExpertSettings:
         dropout: probability, behind the activation.
         has_bias: both linear layers have biases.
         recompute_activation: keep no activation for the backward pass, but compute it again.
+        lora_rank: of adapters beside both linear layers; 0: there are none.
+        lora_scale: what they add is multiplied by it.
         dtype: of the weights.
         device: of the weights; None: torch's default.
     """
@@ -42,6 +45,8 @@ class ExpertSettings:
     dropout: float = 0.0
     has_bias: bool = False
     recompute_activation: bool = False
+    lora_rank: int = 0
+    lora_scale: float = 1.0
     dtype: torch.dtype = torch.float32
     device: torch.device | int | None = None
 
@@ -53,6 +58,10 @@ class Weights(NamedTuple):
     fc2: Tensor
     bias_fc1: Tensor | None
     bias_fc2: Tensor | None
+    a_fc1: Tensor | None = None
+    b_fc1: Tensor | None = None
+    a_fc2: Tensor | None = None
+    b_fc2: Tensor | None = None
 
 
 class Experts(torch.nn.Module):
@@ -72,7 +81,8 @@ class Experts(torch.nn.Module):
         linear_fc1: [e, g * f, h], f inner width of this expert-tensor-parallel rank, g = 2 where the
         activation is gated, else 1. linear_fc2: [e, h, f]. With `has_bias` also bias_fc1.bias: [e, g * f],
         and bias_fc2.bias: [e, h / ETP]. The expert-tensor-parallel ranks' outputs are added up, so that each
-        adds its part of the channels, and each channel's bias is added once. All are uninitialised.
+        adds its part of the channels, and each channel's bias is added once. lora_fc1 and lora_fc2 hold
+        adapters, where there are any. All are uninitialised.
     """
 
     def __init__(
@@ -92,6 +102,14 @@ class Experts(torch.nn.Module):
             channels = hidden_size // parts
             self.bias_fc1 = ExpertBias(self._parameter((num_local_experts, self.gates * width), dim=1))
             self.bias_fc2 = ExpertBias(self._parameter((num_local_experts, channels), dim=1))
+        self.lora_fc1 = self.lora_fc2 = None
+        if settings.lora_rank:
+            self.lora_fc1 = self._adapter(self.gates * width, hidden_size, cuts_outputs=True)
+            self.lora_fc2 = self._adapter(hidden_size, width, cuts_outputs=False)
+
+    def _adapter(self, outputs: int, inputs: int, cuts_outputs: bool) -> ExpertAdapter:
+        build, experts, group = self._parameter, self.num_local_experts, self.groups.expert_tensor
+        return ExpertAdapter(build, experts, outputs, inputs, self.settings.lora_rank, cuts_outputs, group)
 
     def _parameter(self, shape: tuple[int, ...], dim: int) -> torch.nn.Parameter:
         """An uninitialised weight whose gradient is reduced over the experts' own replicas."""
@@ -159,6 +177,8 @@ class Experts(torch.nn.Module):
             self.linear_fc2,
             None if self.bias_fc1 is None else self.bias_fc1(),
             None if self.bias_fc2 is None else self.bias_fc2(),
+            *(self.lora_fc1() if self.lora_fc1 is not None else (None, None)),
+            *(self.lora_fc2() if self.lora_fc2 is not None else (None, None)),
         )
 
     def _wait_for_weights(self) -> None:
@@ -175,9 +195,10 @@ class Experts(torch.nn.Module):
         return self._as_grouped_products(weights, tokens, tokens_per_expert, probs), None
 
     def _loops(self, tokens: Tensor) -> bool:
-        """Whether the experts run in one loop, which has neither biases nor dropout."""
-        dropout = self.training and self.settings.dropout > 0
-        return tokens.device.type == "cpu" and not self.settings.has_bias and not dropout
+        """Whether the experts run in one loop, which has neither biases nor dropout nor adapters."""
+        settings = self.settings
+        has_more = settings.has_bias or settings.lora_rank or (self.training and settings.dropout > 0)
+        return tokens.device.type == "cpu" and not has_more
 
     def _in_a_loop(
         self,
@@ -194,6 +215,9 @@ class Experts(torch.nn.Module):
         self, weights: Weights, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> Tensor:
         inner = grouped_linear(tokens, weights.fc1, tokens_per_expert)
+        if weights.a_fc1 is not None and weights.b_fc1 is not None:
+            scale = self.settings.lora_scale
+            inner = adapted(inner, tokens, weights.a_fc1, weights.b_fc1, scale, tokens_per_expert)
         if weights.bias_fc1 is not None:
             inner = inner + grouped_bias(weights.bias_fc1, tokens_per_expert, len(tokens))
         # Outside of what is recomputed: it must not be drawn a second time.
@@ -201,17 +225,25 @@ class Experts(torch.nn.Module):
         if self.settings.recompute_activation:
             activation = DiscardedOutput()
             activated = activation.checkpoint(self._activated, inner, probs, survivors)
-            output = grouped_linear(activated, weights.fc2, tokens_per_expert)
+            output = self._projected(weights, activated, tokens_per_expert)
             activation.discard_output_and_register_recompute(output)
         else:
             activated = self._activated(inner, probs, survivors)
-            output = grouped_linear(activated, weights.fc2, tokens_per_expert)
+            output = self._projected(weights, activated, tokens_per_expert)
         if weights.bias_fc2 is not None:
             bias = grouped_bias(weights.bias_fc2, tokens_per_expert, len(tokens))
             bias = (bias * probs.unsqueeze(-1)).to(tokens.dtype)
             before = rank(self.groups.expert_tensor) * bias.size(1)
             output = output + F.pad(bias, (before, output.size(1) - before - bias.size(1)))
         return output
+
+    def _projected(self, weights: Weights, activated: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """[t, f] -> [t, h], without biases."""
+        output = grouped_linear(activated, weights.fc2, tokens_per_expert)
+        if weights.a_fc2 is None or weights.b_fc2 is None:
+            return output
+        scale = self.settings.lora_scale
+        return adapted(output, activated, weights.a_fc2, weights.b_fc2, scale, tokens_per_expert)
 
     def _activated(self, inner: Tensor, probs: Tensor, survivors: Tensor | None) -> Tensor:
         """[t, g * f] and gate weights [t] -> [t, f]."""
@@ -259,6 +291,17 @@ class Experts(torch.nn.Module):
                 ),
                 "bias_fc2.bias": factory("linear_fc2.bias", self.bias_fc2.bias, self._shard_fc2, _only),
             }
+        if self.lora_fc1 is not None and self.lora_fc2 is not None:
+            for name, one, build_b, merge_b in (
+                ("fc1", self.lora_fc1, self._shard_fc1, self._merge_fc1),
+                ("fc2", self.lora_fc2, self._shard_rows, _only),
+            ):
+                shards |= {
+                    f"lora_{name}.lora_a": factory(
+                        f"linear_{name}.lora_a", one.lora_a, self._shard_fc2, _only
+                    ),
+                    f"lora_{name}.lora_b": factory(f"linear_{name}.lora_b", one.lora_b, build_b, merge_b),
+                }
         return {f"{prefix}{name}": shard for name, shard in shards.items()}
 
     def _shard_fc1(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
@@ -281,6 +324,10 @@ class Experts(torch.nn.Module):
     def _shard_fc2(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
         # The matrix is cut along what comes in, the bias along what goes out.
         tensor = (data.dim() - 1, rank(self.groups.expert_tensor), size(self.groups.expert_tensor))
+        return [self._shard(key, data, tensor, replica_id, offsets)]
+
+    def _shard_rows(self, key: str, data: Tensor, replica_id: Any, offsets: tuple[Any, ...]) -> list[Any]:
+        tensor = (1, rank(self.groups.expert_tensor), size(self.groups.expert_tensor))
         return [self._shard(key, data, tensor, replica_id, offsets)]
 
     def _shard(
