@@ -15,6 +15,7 @@ from megatron_moe.engine import groups
 from megatron_moe.engine.checkpoint import sharded_gradients
 from megatron_moe.engine.weights import holds_weights, names_in
 from megatron_moe.model.gpt import build_chunks
+from megatron_moe.model.multi_token import Further
 from megatron_moe.plan import plan as plans
 
 
@@ -22,15 +23,30 @@ def outputs(
     experiment: Experiment, weights: dict[str, Tensor], tokens: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [b, s, v] of the whole model, and the gradients of `loss_of` by the names of its weights."""
-    plan = plans.make(experiment)
-    groups.initialize_model_parallel(plan.layout, experiment.training.seed, timeout_s=60)
-    (chunk,) = build_chunks(experiment, plan, torch.float32)
-    fill([chunk], InMemory(weights))
+    chunk = _model(experiment, weights)
     logits = chunk(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None)
     loss_of(logits, tokens).backward()
     for weight in chunk.parameters():
         weight.main_grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     return logits.detach(), _by_name(sharded_gradients([chunk]))
+
+
+def further_losses(experiment: Experiment, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """Losses [b, s - 2] of the token after the next, as the layer for it predicts it."""
+    chunk = _model(experiment, weights)
+    seen, labels, further = tokens[:, :-2], tokens[:, 1:-1], tokens[:, 2:]
+    marks = torch.zeros_like(seen, dtype=torch.bool)
+    positions = torch.arange(seen.size(1)).expand_as(seen)
+    losses = chunk(seen, positions, None, labels=labels, further=[Further(labels, further, marks)])
+    return losses[1].detach()
+
+
+def _model(experiment: Experiment, weights: dict[str, Tensor]) -> Any:
+    plan = plans.make(experiment)
+    groups.initialize_model_parallel(plan.layout, experiment.training.seed, timeout_s=60)
+    (chunk,) = build_chunks(experiment, plan, torch.float32)
+    fill([chunk], InMemory(weights))
+    return chunk
 
 
 def _by_name(shards: list[Any]) -> dict[str, Tensor]:

@@ -190,6 +190,14 @@ class Tiny:
         """What its family makes of config.json."""
         return experiment_of(self.family.sections(self.config), **training)
 
+    def ours(self) -> dict[str, Tensor]:
+        """Its weights under our names."""
+        found: dict[str, Tensor] = {}
+        for group in self.family.groups(self.experiment()):
+            values = group.to_ours([self.weights[name] for name in group.theirs])
+            found |= dict(zip(group.ours, values, strict=True))
+        return found
+
     def gradients(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [b, s, v], and the gradients of `loss_of`, by the names of the weights on disk."""
         self.model.zero_grad()
