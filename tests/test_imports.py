@@ -71,7 +71,7 @@ def test_lower_rooms_import_no_torch(room: str) -> None:
         ["validate", "configs/quickstart.yaml", "--provenance"],
         ["plan", "configs/quickstart.yaml", "--json"],
         ["plan", "configs/quickstart.yaml", "--gpus", "4"],
-        ["validate", "configs/quickstart.yaml", "model.megatron_core.qk_layernorm=true"],
+        ["validate", "configs/quickstart.yaml", "model.megatron_core.qk_l2_norm=true"],
     ],
 )
 @pytest.mark.second_pair

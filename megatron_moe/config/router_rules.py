@@ -148,10 +148,12 @@ def scores_of_groups(e: Experiment) -> Problems:
     """A group's score is a sum of scores that are in it."""
     if e.moe is None or (summed := e.moe.moe_router_group_score_topk) is None:
         return
-    groups = e.moe.moe_router_num_groups
-    if groups is None or e.moe.moe_router_group_topk is None:
+    groups, chosen = e.moe.moe_router_num_groups, e.moe.moe_router_group_topk
+    # What follows from other keys that contradict each other is said of these.
+    inside, by_default = e.moe.num_moe_experts // (groups or 1), e.moe.moe_router_topk // (chosen or 1)
+    if groups is None or chosen is None:
         yield Problem((_GROUP_SCORE, _GROUPS), f"has no effect without {_GROUPS}", "leave it out")
-    elif summed > (inside := e.moe.num_moe_experts // groups):
+    elif inside * groups == e.moe.num_moe_experts and summed > inside and by_default <= inside:
         text = f"is more than the {_EXPERTS} in each of {_GROUPS}"
         yield Problem((_GROUP_SCORE, _EXPERTS, _GROUPS), text, f"use at most {max(inside, 1)}")
 

@@ -105,13 +105,11 @@ def _attention_fields(experiment: Experiment) -> dict[str, Any]:
     model = experiment.model
     fields: dict[str, Any] = {"softmax_type": "learnable" if model.attention_sinks else "vanilla"}
     if model.multi_latent_attention is None:
-        fields |= {
-            "qk_layernorm": model.qk_norm == "head",
-            # Then it is ours, whose weights ranks share: under the other field Megatron-Core (0.16.1, 0.19.2)
-            # adds up their gradients over tensor-parallel ranks as those of copies.
-            "qk_l2_norm": model.qk_norm == "all_heads",
-            "softmax_scale": softmax_scale(model),
-        }
+        fields |= {"qk_layernorm": model.qk_norm == "head", "softmax_scale": softmax_scale(model)}
+    if model.qk_norm == "all_heads":
+        # Ours takes its place, whose weights ranks share: under the other field Megatron-Core adds up their
+        # gradients over tensor-parallel ranks, as those of copies (0.16.1 and 0.19.2).
+        fields |= {"qk_l2_norm": True}
     if model.sliding_window is not None:
         fields["window_size"] = (model.sliding_window - 1, 0)
         fields["window_attn_skip_freq"] = model.window_attn_skip_freq

@@ -14,6 +14,30 @@ HASH = [f"{GATE}=hash", f"{LOSS}=none"]
 
 ROUTER_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     (
+        "scores_of_groups",
+        MOE,
+        [f"{M}moe_router_group_score_topk=2"],
+        [f"{GROUPS}=2", f"{CHOSEN}=1"],
+        f"{M}moe_router_group_score_topk",
+        f"has no effect without {GROUPS}",
+    ),
+    (
+        "scores_of_groups",
+        MOE,
+        [f"{GROUPS}=2", f"{CHOSEN}=1", f"{M}moe_router_group_score_topk=5"],
+        [f"{M}moe_router_group_score_topk=4"],
+        f"{M}moe_router_group_score_topk",
+        "is more than the moe.num_moe_experts",
+    ),
+    (
+        "scores_of_gate",
+        MOE,
+        [f"{M}moe_router_norm_topk=false"],
+        [f"{M}moe_router_norm_topk=true"],
+        f"{M}moe_router_norm_topk",
+        "has no effect on the softmax",
+    ),
+    (
         "topk_within_experts",
         MOE,
         [f"{TOPK}=9"],

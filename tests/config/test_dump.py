@@ -36,7 +36,7 @@ def test_any_value_reads_back(value: Any) -> None:
         [],
         ["optimizer.lr_warmup_fraction=0.25", "optimizer.lr=1e-7"],
         ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
-        ["model.megatron_core={qk_layernorm: true, no_rope_freq: [0, 1, 1, 1], rotary_interleaved: true}"],
+        ["model.megatron_core={qk_l2_norm: true, no_rope_freq: [0, 1, 1, 1], rotary_interleaved: true}"],
         ["moe=null"],
         ["data.kind=pretraining", "data.prepare={input: ['a b: #c.txt', ' ü\"\\.txt', 'null']}"],
         ["name=1e5", "moe.moe_layer_freq=[0, 1, 0, 1]"],

@@ -36,9 +36,9 @@ def test_later_files_win_key_by_key_and_lists_replace(tmp_path: Path) -> None:
 
 
 def test_every_value_has_an_origin_and_nothing_else_has_one(tmp_path: Path) -> None:
-    result = loaded(tmp_path, MOE, "training.seed=7", "model.megatron_core.qk_layernorm=true")
+    result = loaded(tmp_path, MOE, "training.seed=7", "model.megatron_core.qk_l2_norm=true")
     assert str(result.provenance["training.seed"]) == "override"
-    assert str(result.provenance["model.megatron_core.qk_layernorm"]) == "override"
+    assert str(result.provenance["model.megatron_core.qk_l2_norm"]) == "override"
     assert {"model", "training"}.isdisjoint(result.provenance)
     assert {
         "model.num_layers",
@@ -97,7 +97,7 @@ def test_overrides_are_yaml_1_2_values(tmp_path: Path) -> None:
         "pipeline.layers_per_stage=[3, 1]",
         "parallel.pipeline_model_parallel_size=2",
         "parallel.virtual_pipeline_model_parallel_size=null",
-        "model.megatron_core={add_qkv_bias: true}",
+        "model.megatron_core={rotary_interleaved: true}",
         "training.seed=1",
         "training.seed=2",
     ).experiment
@@ -105,7 +105,7 @@ def test_overrides_are_yaml_1_2_values(tmp_path: Path) -> None:
     assert experiment.training.precision == "bf16"
     assert experiment.pipeline.layers_per_stage == [3, 1]
     assert experiment.parallel.virtual_pipeline_model_parallel_size == 1
-    assert experiment.model.megatron_core == {"add_qkv_bias": True}
+    assert experiment.model.megatron_core == {"rotary_interleaved": True}
     assert experiment.training.seed == 2
 
 

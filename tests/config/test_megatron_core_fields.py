@@ -86,8 +86,8 @@ def test_what_the_model_room_sets_cannot_be_set_here_too() -> None:
         for name in set_there & reader.transformer_fields().keys()
         if own_key(name) is None and refusal(name, "transformer_engine") is None
     }
-    # It is set with multi-latent attention only, beside which a rule refuses it.
-    assert open_to_all == {"qk_layernorm"}
+    # It is set where model.qk_norm is, beside which a rule refuses it.
+    assert open_to_all == {"qk_l2_norm"}
 
 
 @pytest.mark.second_pair
@@ -95,9 +95,8 @@ def test_what_is_left_open_can_be_written_in_yaml() -> None:
     fields = reader.transformer_fields()
     left = [name for name in fields if own_key(name) is None and refusal(name, "native") is None]
     assert {
-        "qk_layernorm",
-        "add_qkv_bias",
-        "add_bias_linear",
+        "qk_l2_norm",
+        "rotary_interleaved",
         "no_rope_freq",
     } <= set(left)
     assert [name for name in left if reader.describe(fields[name]) is None] == []
@@ -143,8 +142,9 @@ def test_no_pattern_matches_nothing_by_a_slip() -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("qk_layernorn=true", "no field of the installed TransformerConfig; did you mean qk_layernorm?"),
-        ("qk_layernorm=1", "1 must be true or false"),
+        ("qk_l2_norn=true", "no field of the installed TransformerConfig; did you mean qk_l2_norm?"),
+        ("qk_layernorm=true", "is what model.qk_norm decides; set model.qk_norm and leave this out"),
+        ("qk_l2_norm=1", "1 must be true or false"),
         ("no_rope_freq=x", "must be a whole number, or a list, each entry a whole number, or null"),
         ("moe_router_score_function=sigmoid", "is what moe.moe_router_score_function"),
         ("moe_router_force_load_balancing=true", 'is what moe.moe_router_gate ("topk", default) decides'),
@@ -164,7 +164,8 @@ def test_messages(tmp_path: Path, entry: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("model.qk_layernorm", "did you mean model.megatron_core.qk_layernorm?"),
+        ("model.qk_layernorm", "did you mean model.qk_norm?"),
+        ("model.qk_l2_norm", "did you mean model.megatron_core.qk_l2_norm?"),
         ("moe.moe_router_force_load_balancing", "did you mean moe.moe_router_gate?"),
         ("parallel.batch_p2p_comm", "it is a field of Megatron-Core that cannot be set: the trainer sets it"),
         ("training.bf16", "did you mean training.precision?"),
@@ -197,7 +198,7 @@ def test_without_megatron_core_fields_are_not_guessed(
     reader.transformer_fields.cache_clear()
     monkeypatch.setattr(reader, "_source", missing)
     try:
-        (line,) = problems(tmp_path, DENSE, ["model.megatron_core.qk_layernorm=true"])
+        (line,) = problems(tmp_path, DENSE, ["model.megatron_core.qk_l2_norm=true"])
         assert "megatron-core is not installed" in line
         assert problems(tmp_path, DENSE) == []
     finally:

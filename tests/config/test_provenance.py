@@ -25,11 +25,11 @@ def comments(result: Loaded) -> dict[str, str]:
 
 
 def test_every_value_says_where_it_came_from(tmp_path: Path) -> None:
-    result = loaded(tmp_path, DENSE, "training.seed=3", "model.megatron_core.qk_layernorm=true")
+    result = loaded(tmp_path, DENSE, "training.seed=3", "model.megatron_core.qk_l2_norm=true")
     found = comments(result)
     assert set(found) == set(result.provenance)
     assert found["training.seed"] == "override"
-    assert found["model.megatron_core.qk_layernorm"] == "override"
+    assert found["model.megatron_core.qk_l2_norm"] == "override"
     assert found["model.num_layers"] == f"{tmp_path}/experiment.yaml:2"
     assert found["data.tokenizer.kind"] == f"{tmp_path}/experiment.yaml:3"
     assert found["optimizer.lr"] == "default"

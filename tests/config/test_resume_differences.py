@@ -26,7 +26,7 @@ def compare(
 
 
 def test_the_same_experiment_does_not_differ(tmp_path: Path) -> None:
-    overrides = ["model.megatron_core={qk_layernorm: true}", TP]
+    overrides = ["model.megatron_core={qk_l2_norm: true}", TP]
     assert compare(tmp_path, overrides, overrides) == ([], [])
     assert compare(tmp_path, [], [], DENSE) == ([], [])
 
@@ -84,7 +84,7 @@ def test_what_another_layout_may_ask_to_leave_out(tmp_path: Path, key: str) -> N
         "parallel.grad_reduce_in_fp32=false",
         "model.num_layers=8",
         "model.hidden_dropout=0.1",
-        "model.megatron_core.qk_layernorm=true",
+        "model.megatron_core.qk_l2_norm=true",
         "model.make_vocab_size_divisible_by=64",
         "moe.moe_aux_loss_coeff=0.5",
         "moe.num_moe_experts=4",

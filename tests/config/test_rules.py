@@ -16,6 +16,7 @@ from loss_rule_cases import LOSS_CASES
 from mtp_rule_cases import MTP_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
 from overlap_rule_cases import OVERLAP_CASES
+from position_rule_cases import POSITION_CASES
 from recompute_rule_cases import RECOMPUTE_CASES
 from router_rule_cases import ROUTER_CASES
 from sink_rule_cases import SINK_CASES
@@ -30,7 +31,7 @@ EP, ETP, DP = P + "expert_model_parallel_size", P + "expert_tensor_parallel_size
 VPP, SP = P + "virtual_pipeline_model_parallel_size", P + "sequence_parallel"
 PREPARED = DENSE.replace("data: {kind: mock, tokenizer: {kind: bytes}}", "data: {prepare: {input: [x.txt]}}")
 M = "model.megatron_core."
-BIASES = f"{M}add_bias_linear=true"
+BIASES = "model.mlp_bias=true"
 NO_ROPE = ["model.position_embedding_type=none"]
 SIX_HEADS = ["model.num_attention_heads=6", "model.kv_channels=16", "model.ffn_hidden_size=96", f"{SP}=false"]
 
@@ -73,7 +74,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         MOE,
         [BIASES, "moe.moe_shared_expert_intermediate_size=32"],
         ["moe.moe_shared_expert_intermediate_size=null"],
-        "model.megatron_core.add_bias_linear",
+        "model.mlp_bias",
         "Megatron-Core's shared experts have no biases",
     ),
     (
@@ -161,15 +162,15 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         DENSE,
         [BIASES, "recompute.modules=[mlp]"],
         ["recompute.modules=[core_attn]"],
-        "model.megatron_core.add_bias_linear",
+        "model.mlp_bias",
         "does not go with mlp in recompute.modules",
     ),
     (
         "one_norm_of_queries",
         DENSE,
-        [f"{M}qk_layernorm=true", f"{M}qk_l2_norm=true"],
+        ["model.qk_norm=head", f"{M}qk_l2_norm=true"],
         [f"{M}qk_l2_norm=false"],
-        f"{M}qk_layernorm",
+        "model.qk_norm",
         "has no effect beside",
     ),
     (
@@ -376,6 +377,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *DEVICE_CASES,
     *DISPATCH_CASES,
     *OVERLAP_CASES,
+    *POSITION_CASES,
     *RECOMPUTE_CASES,
     *ROUTER_CASES,
     *LOSS_CASES,

@@ -127,10 +127,8 @@ def test_ranks_of_a_tensor_parallel_group_drop_differently() -> None:
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_checkpoints_hold_what_megatron_cores_experts_hold(name: str, activation: str) -> None:
     # Under ETP each rank holds a part of the second biases here, and all of them in SequentialMLP.
-    biases = {"add_bias_linear": name != "ETP2"}
-    setup = experiment(
-        parallel=SPLIT[name], model={"activation": activation, "num_layers": 2, "megatron_core": biases}
-    )
+    biases = {"mlp_bias": name != "ETP2"}
+    setup = experiment(parallel=SPLIT[name], model={"activation": activation, "num_layers": 2, **biases})
     ours = ranks(2).run(experts_on_ranks.shards, setup, False)
     theirs = ranks(2).run(experts_on_ranks.shards, setup, True)
     assert ours == theirs
@@ -142,8 +140,8 @@ def test_checkpoints_hold_what_megatron_cores_experts_hold(name: str, activation
 @pytest.mark.parametrize("from_sequential", [True, False], ids=["theirs to ours", "ours to theirs"])
 def test_checkpoints_are_interchangeable(name: str, from_sequential: bool, tmp_path: Path) -> None:
     # SequentialMLP adds the second biases once for each ETP rank, which Megatron-Core refuses.
-    biases = {"add_bias_linear": name != "ETP2"}
-    setup = experiment(parallel=SPLIT[name], model={"num_layers": 2, "megatron_core": biases})
+    biases = {"mlp_bias": name != "ETP2"}
+    setup = experiment(parallel=SPLIT[name], model={"num_layers": 2, **biases})
     tokens = torch.randint(0, 250, (2, 32), generator=torch.Generator().manual_seed(1))
     for saved, loaded in ranks(2).run(
         experts_on_ranks.exchanged, setup, str(tmp_path), from_sequential, tokens

@@ -26,7 +26,8 @@ BIASED: dict[str, Any] = {
     "model": {
         "normalization": "LayerNorm",
         "position_embedding_type": "learned_absolute",
-        "megatron_core": {"add_qkv_bias": True, "qk_layernorm": True},
+        "qkv_bias": True,
+        "qk_norm": "head",
     },
 }
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -52,7 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP2 biases": (layout(tp=2), BIASED),
     "ETP2 biases": (
         layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2),
-        {"model": {"megatron_core": {"add_bias_linear": True}}},
+        {"model": {"mlp_bias": True, "qkv_bias": True, "attention_output_bias": True}},
     ),
     "TP2 one key head": (layout(tp=2), {"model": {"num_query_groups": 1, "kv_channels": 12}}),
     "PP2 embedding alone": (layout(pp=2), {"pipeline": {"layers_per_stage": "E|t*4,L"}}),

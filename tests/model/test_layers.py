@@ -20,9 +20,7 @@ pytestmark = pytest.mark.second_pair
 
 
 def block(spec: str = "native", **fields: Any) -> Any:
-    setup = experiment(
-        moe=MOE | {"moe_layer_freq": [0, 1, 0, 1]}, model={"spec": spec, "megatron_core": fields}
-    )
+    setup = experiment(moe=MOE | {"moe_layer_freq": [0, 1, 0, 1]}, model={"spec": spec, **fields})
     plan = plans.make(setup)
     return block_spec(setup, transformer_config(setup, plan, 0, torch.float32), plan.stages[0])
 
@@ -56,10 +54,14 @@ def test_native_layers_are_ours() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "kind"),
-    [({}, "IdentityOp"), ({"qk_layernorm": True}, "Norm"), ({"qk_l2_norm": True}, "L2Norm")],
-    ids=["none", "layernorm", "l2"],
+    [
+        ({}, "IdentityOp"),
+        ({"qk_norm": "head"}, "Norm"),
+        ({"megatron_core": {"qk_l2_norm": True}}, "L2Norm"),
+    ],
+    ids=["none", "head", "l2"],
 )
-def test_norms_of_query_and_key(fields: dict[str, bool], kind: str) -> None:
+def test_norms_of_query_and_key(fields: dict[str, Any], kind: str) -> None:
     attention = block(**fields).layer_specs[1].submodules.self_attention.submodules
     names = {getattr(norm, "__name__", str(norm)) for norm in (attention.q_layernorm, attention.k_layernorm)}
     assert names == {kind}
@@ -88,7 +90,7 @@ def test_latent_attention_and_further_tokens_of_transformer_engine(transformer_e
 
 def test_transformer_engine_layers(transformer_engine: Any) -> None:
     """By the explicit key; the layer around them stays ours."""
-    spec = block("transformer_engine", qk_layernorm=True)
+    spec = block("transformer_engine", qk_norm="head")
     assert spec.layer_norm is transformer_engine.TENorm
     dense, moe = spec.layer_specs[0].submodules, spec.layer_specs[1].submodules
     for layer in (dense, moe):

@@ -48,10 +48,8 @@ EP2 = layout(dp=2, expert_model_parallel_size=2)
 CASES: dict[str, tuple[Experiment, int]] = {
     "fp32": sized(),
     "bf16, two sequences": sized(training={"precision": "bf16", "micro_batch_size": 2}),
-    "norms of heads": sized(model={"megatron_core": {"qk_layernorm": True}}),
-    "norms of heads in bf16": sized(
-        model={"megatron_core": {"qk_layernorm": True}}, training={"precision": "bf16"}
-    ),
+    "norms of heads": sized(model={"qk_norm": "head"}),
+    "norms of heads in bf16": sized(model={"qk_norm": "head"}, training={"precision": "bf16"}),
     "LayerNorm, gelu, learned positions, dropout": sized(
         model={
             "normalization": "LayerNorm",
@@ -75,7 +73,7 @@ CASES: dict[str, tuple[Experiment, int]] = {
     "sigmoid scores, shared experts with a gate": sized(SIGMOID | SHARED),
     "normalised logits, z-loss": sized(SKYWORK | {"moe_z_loss_coeff": 0.01}),
     "expert dropout": sized({"moe_expert_dropout": 0.1}),
-    "biases": sized(model={"megatron_core": {"add_bias_linear": True}}),
+    "biases": sized(model={"mlp_bias": True, "qkv_bias": True, "attention_output_bias": True}),
     "core_attn again": sized(recompute={"modules": ["core_attn"]}),
     "norms and feed-forwards again": sized(recompute={"modules": ["layernorm", "mlp"]}),
     "experts again": sized(SHARED, recompute={"modules": ["moe"]}),
@@ -116,7 +114,7 @@ ON_A_GPU: dict[str, tuple[Experiment, int]] = {
     "EP, not gated, norms of heads": sized(
         ranks=2,
         **GPU,
-        model={"activation": "gelu", "megatron_core": {"qk_layernorm": True}},
+        model={"activation": "gelu", "qk_norm": "head"},
         parallel=EP2,
     ),
     "latent attention": sized(**GPU, model={"multi_latent_attention": LATENT, "num_query_groups": None}),

@@ -49,7 +49,7 @@ LATENT = {
 }
 MODEL_CASES: dict[str, Experiment] = {
     "EDP, uneven VPP, first layer dense, QK norm, an empty last stage": filled(
-        model={"megatron_core": {"qk_layernorm": True}},
+        model={"qk_norm": "head"},
         moe={"moe_layer_freq": [0, 1, 1, 1]},
         parallel={
             "tensor_model_parallel_size": 2,
@@ -66,7 +66,7 @@ MODEL_CASES: dict[str, Experiment] = {
             "activation": "gelu",
             "position_embedding_type": "learned_absolute",
             "untie_embeddings_and_output_weights": False,
-            "megatron_core": {"add_qkv_bias": True},
+            "qkv_bias": True,
         },
         moe=None,
         parallel={"pipeline_model_parallel_size": 2, "data_parallel_size": 2},
@@ -74,8 +74,8 @@ MODEL_CASES: dict[str, Experiment] = {
         recompute={"layers_per_stage": [0, 0]},
     ),
     "biases everywhere, both kinds of layers, width of heads of its own, a stage without layers": filled(
-        model={"kv_channels": 24, "megatron_core": {"add_bias_linear": True}},
-        moe={"moe_layer_freq": [1, 0, 0, 1]},
+        model={"kv_channels": 24, "mlp_bias": True, "qkv_bias": True, "attention_output_bias": True},
+        moe={"moe_router_bias": True, "moe_layer_freq": [1, 0, 0, 1]},
         parallel={
             "tensor_model_parallel_size": 2,
             "pipeline_model_parallel_size": 2,
@@ -91,7 +91,10 @@ MODEL_CASES: dict[str, Experiment] = {
             "normalization": "LayerNorm",
             "activation": "gelu",
             "untie_embeddings_and_output_weights": False,
-            "megatron_core": {"add_bias_linear": True, "qk_layernorm": True},
+            "mlp_bias": True,
+            "qkv_bias": True,
+            "attention_output_bias": True,
+            "qk_norm": "head",
         },
         moe=None,
         parallel={"tensor_model_parallel_size": 4},
@@ -140,7 +143,11 @@ def model_keywords(experiment: Experiment) -> dict[str, Any]:
     config: dict[str, Any] = {name: getattr(model, name) for name in (*shared, "ffn_hidden_size")}
     config["normalization"] = model.normalization
     config["gated_linear_unit"] = model.activation == "swiglu"
-    config.update(model.megatron_core)
+    config |= {
+        "qk_layernorm": model.qk_norm == "head",
+        "add_qkv_bias": model.qkv_bias,
+        "add_bias_linear": model.mlp_bias,
+    }
     if moe is not None:
         config.update(moe.model_dump(include={"num_moe_experts", "moe_ffn_hidden_size", "moe_layer_freq"}))
         config["moe_shared_expert_intermediate_size"] = moe.moe_shared_expert_intermediate_size

@@ -36,7 +36,7 @@ def model(
             "kv_channels": heads[2],
             "vocab_size": vocabulary,
             "ffn_hidden_size": 12288,
-            "megatron_core": keys,
+            **keys,
         },
         moe=None
         if experts is None
@@ -100,17 +100,17 @@ PUBLISHED = {
     # Published as 37, and in one digit more beside the released weights.
     "DeepSeek-V3": (deepseek(61, 7168, (3, 18432), 129280, (256, 8, 2048, 2048)), 671e9, 36.7e9),
     "Qwen2-57B-A14B": (
-        model(28, 3584, (28, 4, 128), 151936, (64, 8, 2560), shared=20480, add_qkv_bias=True),
+        model(28, 3584, (28, 4, 128), 151936, (64, 8, 2560), shared=20480, qkv_bias=True),
         57.4e9,
         14.2e9,
     ),
     "Qwen3-235B-A22B": (
-        model(94, 4096, (64, 4, 128), 151936, (128, 8, 1536), qk_layernorm=True),
+        model(94, 4096, (64, 4, 128), 151936, (128, 8, 1536), qk_norm="head"),
         235e9,
         22e9,
     ),
     "Qwen3-30B-A3B": (
-        model(48, 2048, (32, 4, 128), 151936, (128, 8, 768), qk_layernorm=True),
+        model(48, 2048, (32, 4, 128), 151936, (128, 8, 768), qk_norm="head"),
         30.5e9,
         # Published as 3.3, cut from 3.353: two digits cannot be met within 1 %.
         3.35e9,
@@ -199,11 +199,9 @@ def test_the_gate_decides_what_a_router_holds(gate: str, biases: bool) -> None:
     from megatron_moe.model.moe.router import Router
 
     def of(gate: str) -> tuple[int, int]:
-        experiment = filled(
-            model={"megatron_core": {"add_bias_linear": biases}}, moe={"moe_router_gate": gate}
-        )
+        experiment = filled(moe={"moe_router_gate": gate, "moe_router_bias": biases and gate != "hash"})
         assert experiment.moe is not None
-        router = Router(experiment.moe, experiment.model.hidden_size, has_bias=biases)
+        router = Router(experiment.moe, experiment.model.hidden_size)
         held = sum(parameter.numel() for parameter in router.parameters())
         return count_parameters(experiment).total, held * experiment.model.num_layers
 

@@ -75,7 +75,7 @@ def test_what_validation_accepts_is_planned_in_full(data: st.DataObject) -> None
                 "hidden_size": 48,
                 "vocab_size": 384,
                 "ffn_hidden_size": 96,
-                "megatron_core": {"add_bias_linear": biases},
+                "mlp_bias": biases,
             },
             moe={**MOE, "num_moe_experts": 12, "moe_layer_freq": data.draw(st.integers(1, 3), "every")},
             training={"global_batch_size": 48, "micro_batch_size": 1, "seq_length": 48},

@@ -28,7 +28,20 @@ from megatron_moe.training.verify_report import Report
 Sections = dict[str, Any]
 
 TIED = {"untie_embeddings_and_output_weights": False}
-BIASES = {"megatron_core": {"add_bias_linear": True}}
+BIASES = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+AS_OLMOE = {
+    "qk_norm": "all_heads",
+    "clip_qkv": 2.0,
+    "rotary_scaling": {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+}
+AS_GPT_OSS = {
+    **BIASES,
+    "activation": "clamped_swiglu",
+    "attention_sinks": True,
+    "sliding_window": 7,
+    "window_attn_skip_freq": 2,
+    "rotary_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+}
 BOTH_KINDS = {**MOE, "moe_layer_freq": [1, 1, 0, 0]}
 ETP2 = {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2}
 EP2, EP4 = {"expert_model_parallel_size": 2}, {"expert_model_parallel_size": 4}
@@ -54,7 +67,7 @@ LAYOUTS: dict[str, Sections] = {
     "TP2 QK norm": {
         "moe": None,
         "parallel": layout(tp=2, sequence_parallel=False),
-        "model": {"megatron_core": {"qk_layernorm": True}},
+        "model": {"qk_norm": "head"},
     },
     "TP2 EP1": {"parallel": layout(tp=2, expert_model_parallel_size=1)},
     "EP2": {"parallel": layout(dp=2, **EP2)},
@@ -91,7 +104,29 @@ LAYOUTS: dict[str, Sections] = {
     },
     "EDP kv_channels, QKV bias": {
         "parallel": layout(tp=2),
-        "model": {"kv_channels": 12, "megatron_core": {"add_qkv_bias": True, "qk_layernorm": True}},
+        "model": {"kv_channels": 12, "qkv_bias": True, "qk_norm": "head"},
+    },
+    "EDP as OLMoE": {"parallel": layout(tp=2), "model": AS_OLMOE},
+    "CP2 as OLMoE": {"parallel": layout(cp=2), "model": AS_OLMOE},
+    "TP2 without SP as OLMoE, dense": {
+        "moe": None,
+        "parallel": layout(tp=2, sequence_parallel=False),
+        "model": AS_OLMOE,
+    },
+    "EDP as gpt-oss": {
+        "parallel": layout(tp=2),
+        "model": AS_GPT_OSS,
+        "moe": {**MOE, "moe_router_bias": True},
+    },
+    "CP2 as gpt-oss": {
+        "parallel": layout(cp=2),
+        "model": AS_GPT_OSS,
+        "moe": {**MOE, "moe_router_bias": True},
+    },
+    "PP2 as gpt-oss": {
+        "parallel": layout(pp=2),
+        "model": AS_GPT_OSS,
+        "moe": {**MOE, "moe_router_bias": True},
     },
     "ETP2": {"parallel": layout(tp=2, **ETP2)},
     "ETP2 biases": {"parallel": layout(tp=2, **ETP2), "model": BIASES},

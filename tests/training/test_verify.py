@@ -34,7 +34,7 @@ def test_later_steps_agree_too(tmp_path: Path, parallel: dict[str, Any]) -> None
 
 def test_biases_without_a_gradient_may_move_by_chance(tmp_path: Path) -> None:
     """Without rotary positions a bias of the keys changes nothing."""
-    model = {"position_embedding_type": "learned_absolute", "megatron_core": {"add_qkv_bias": True}}
+    model = {"position_embedding_type": "learned_absolute", "qkv_bias": True}
     report = verify(tmp_path, layout(tp=2), steps=3, model=model)
     assert report.failures == []
 
