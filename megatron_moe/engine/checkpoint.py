@@ -108,6 +108,16 @@ def sharded_weights(chunks: list[torch.nn.Module]) -> list[Any]:
     return list(sharded_tensors(_model_state(chunks)))
 
 
+def object_keys(chunks: list[torch.nn.Module]) -> list[str]:
+    """What this rank's model chunks save beside tensors, under the keys that their files have. A
+    collective."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    state = _model_state(chunks)
+    return [value.unique_key for value in nested_values(state) if isinstance(value, ShardedObject)]
+
+
 def sharded_gradients(chunks: list[torch.nn.Module]) -> list[Any]:
     """As `sharded_weights`, with the gradient in `main_grad` where the weight was; what has none, or is
     frozen, is left out."""

@@ -42,7 +42,7 @@ def build_chunks(experiment: Experiment, plan: Plan, dtype: torch.dtype) -> list
     stages = [stage for stage in plan.stages if stage.pipeline_rank == rank]
     chunks: list[torch.nn.Module] = []
     for stage in stages:
-        chunk = _build_chunk(experiment, config, stage, virtual=len(stages) > 1)
+        chunk = build_chunk(experiment, config, stage, virtual=len(stages) > 1)
         chunk.to(torch.cuda.current_device())
         initialize(chunk, experiment, stage)
         trained.choose(chunk, experiment)
@@ -50,7 +50,8 @@ def build_chunks(experiment: Experiment, plan: Plan, dtype: torch.dtype) -> list
     return chunks
 
 
-def _build_chunk(experiment: Experiment, config: Any, stage: Stage, virtual: bool) -> torch.nn.Module:
+def build_chunk(experiment: Experiment, config: Any, stage: Stage, virtual: bool) -> torch.nn.Module:
+    """One chunk as Megatron-Core makes it, where `torch.cuda.current_device` says, its weights undrawn."""
     from megatron.core.models.gpt import GPTModel
 
     model = experiment.model
