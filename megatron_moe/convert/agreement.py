@@ -128,7 +128,13 @@ def checked(
 
     def config(experiment: Experiment) -> dict[str, Any]:
         written = write(experiment)
-        lost = [str(it) for it in disagreements(experiment, sections(written))]
+        try:
+            read = sections(written)
+        except NotOfFamily as problems:
+            raise NotOfFamily(
+                "\n".join(f"in config.json: {line}" for line in str(problems).splitlines())
+            ) from None
+        lost = [str(it) for it in disagreements(experiment, read)]
         if lost:
             raise NotOfFamily("\n".join(lost))
         return written

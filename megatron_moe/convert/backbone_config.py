@@ -123,7 +123,11 @@ def read_window(config: ConfigJson, window: int, with_window: list[bool] | None 
     given = config.get("layer_types", default=None)
     if given is not None:
         kinds = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(given, list) or len(given) != layers or not set(given) <= set(kinds):
+        if (
+            not isinstance(given, list)
+            or len(given) != layers
+            or any(kind not in (*kinds,) for kind in given)
+        ):
             config.refuse("layer_types", f"is no list of {layers} full_attention and sliding_attention")
             return {}
         with_window = [kinds[kind] for kind in given]

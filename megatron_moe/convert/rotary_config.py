@@ -117,7 +117,7 @@ def _section(config: ConfigJson, theta: float, default: Values) -> tuple[float, 
     part = scaling.pop("partial_rotary_factor", new.get("partial_rotary_factor") or part)
     older = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", older)
-    if kind not in _OF_KIND:
+    if not isinstance(kind, str) or kind not in _OF_KIND:
         config.refuse(key, f"is of another kind than {', '.join(_OF_KIND)}: it cannot be computed here")
         return theta, part, "default", {}
     if not all(isinstance(value, int | float) for value in (theta, part, *scaling.values())):

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import CASES, LENGTH, experiment_of, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_families import CASES, LENGTH, LINEAR, LLAMA3, OF_DEEPSEEK, YARN, experiment_of, tiny
 
 from megatron_moe.convert.agreement import disagreements
 from megatron_moe.convert.families import FAMILIES
@@ -163,3 +165,69 @@ def test_rows_of_padding_are_zero_and_do_not_come_back() -> None:
     assert padded.shape == (256, 24) and not padded[200:].any()
     (back,) = group.to_theirs([padded])
     assert torch.equal(back, model.weights["lm_head.weight"])
+
+
+OF_FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
+    "model.layernorm_epsilon": ("deepseek_v3", {"layernorm_epsilon": 1e-5}),
+    "model.kv_channels": ("olmoe", {"kv_channels": 6}),
+}
+
+
+@pytest.mark.parametrize("key", OF_FAMILY)
+def test_values_that_a_family_does_not_have_are_refused(key: str) -> None:
+    family, model = OF_FAMILY[key]
+    sections = tiny(family).family.sections(tiny(family).config)
+    sections["model"] |= model
+    theirs = {"model.layernorm_epsilon": "rms_norm_eps", "model.kv_channels": "head_dim"}[key]
+    with pytest.raises(NotOfFamily, match=f"^in config.json: {theirs}"):
+        FAMILIES[family].config(experiment_of(sections))
+
+
+def _sizes(family: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Keys of a config.json, in any mixture."""
+    number, flag = st.integers(1, 9), st.booleans()
+    keys: dict[str, st.SearchStrategy[Any]] = {
+        "vocab_size": st.integers(8, 600),
+        "tie_word_embeddings": flag,
+        "rms_norm_eps": st.sampled_from([1e-5, 1e-6]),
+        "rope_parameters": st.sampled_from([None, LLAMA3, YARN, LINEAR, {"rope_theta": 7e5}]),
+        "initializer_range": st.floats(0.01, 1.0),
+    }
+    if family.startswith("deepseek"):
+        keys |= {"rms_norm_eps": st.just(1e-6), "rope_parameters": st.sampled_from([None, OF_DEEPSEEK])}
+        keys |= {"first_k_dense_replace": st.integers(0, 2), "n_shared_experts": st.integers(0, 3)}
+        keys |= {"q_lora_rank": st.none() | number, "routed_scaling_factor": st.floats(0.5, 20.0)}
+        keys |= {"aux_loss_alpha": st.floats(0.0, 1.0), "n_group": st.sampled_from([2, 4, 8])}
+    else:
+        keys |= {"num_key_value_heads": st.sampled_from([1, 2, 3, 6])}
+    if family not in ("deepseek_v2", "deepseek_v3", "olmoe"):
+        keys["head_dim"] = st.sampled_from([4, 8, 10])
+    if family in ("llama", "qwen3", "qwen3_moe", "olmoe", "gpt_oss"):
+        keys["attention_bias"] = flag
+    if family in ("qwen2", "qwen3", "qwen2_moe"):
+        keys |= {"use_sliding_window": flag, "sliding_window": number, "max_window_layers": st.integers(0, 3)}
+    if family in ("mistral", "mixtral", "gpt_oss"):
+        keys["sliding_window"] = st.none() | number
+    if "qwen" in family and "moe" in family:
+        keys |= {
+            "norm_topk_prob": flag,
+            "decoder_sparse_step": st.integers(1, 2),
+            "mlp_only_layers": st.just([1]),
+        }
+    return st.fixed_dictionaries({}, optional=keys)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_config_comes_back(family: str, data: st.DataObject) -> None:
+    model = tiny(family)
+    keys = data.draw(_sizes(family))
+    if family == "gpt_oss":
+        # Without a window there are no layers that have one.
+        keys |= {} if keys.get("sliding_window", 1) else {"layer_types": ["full_attention"] * 3}
+    config = {**model.config, **keys}
+    if "use_sliding_window" in keys:
+        del config["layer_types"]
+    experiment = experiment_of(model.family.sections(config))
+    assert experiment_of(model.family.sections(model.family.config(experiment))) == experiment
