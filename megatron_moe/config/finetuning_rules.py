@@ -51,9 +51,9 @@ def adapters_can_be_built(e: Experiment) -> Problems:
         text = f"names experts, whose adapters need a model.hidden_size that is divisible by {ETP}"
         yield Problem(keys, text, f"set {ETP} to 1")
     if "experts" in lora.targets and e.moe is not None and e.moe.moe_shadowing:
-        keys = (_TARGETS, "moe.moe_shadowing")
-        text = f"names experts, and {keys[1]} copies experts without their adapters"
-        yield Problem(keys, text, "leave one of the two out")
+        copying = "moe.moe_shadowing"
+        text = f"names experts, and {copying} copies experts without their adapters"
+        yield Problem((_TARGETS, copying), text, "leave one of the two out")
 
 
 def adapters_can_drop(e: Experiment) -> Problems:

@@ -35,6 +35,11 @@ def missing_files(loaded: Loaded) -> list[str]:
                 found += list(_of_text(key, path))
             elif key in _RECORDS:
                 found += list(_of_text(key, path, records=True))
+            elif key == "checkpoint.initialize_from":
+                # Whether there is a model in it is seen when the run begins.
+                if not os.path.isdir(path):
+                    text = f"names {path}, and there is no such folder"
+                    found.append(Problem((key,), text, "name a folder with a model"))
             elif key.endswith(".path"):
                 found += [problem for end in (".bin", ".idx") for problem in _of_file(key, path + end)]
             elif not (os.path.isdir(path) and loaded.experiment.data.tokenizer.kind == "huggingface"):

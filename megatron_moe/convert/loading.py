@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe.config.errors import InputError
+from megatron_moe.config.freezing import is_adapter
 from megatron_moe.convert.completeness import faults
 from megatron_moe.convert.weights import Weights
-from megatron_moe.engine.checkpoint import sharded_weights
+from megatron_moe.engine.checkpoint import sharded_weights, unwrap
 from megatron_moe.engine.weights import holds_weights, names_in, stacked_axes
 
 
@@ -20,16 +21,19 @@ from megatron_moe.engine.weights import holds_weights, names_in, stacked_axes
 def fill(chunks: list[torch.nn.Module], weights: Weights) -> None:
     """Give this rank's model chunks their parts of the weights, cast to their precision. A collective.
 
-    States of balancing losses stay as they are. An optimizer that keeps weights of its own must take them
-    over afterwards (`reload_model_params`).
+    States of balancing losses stay as they are, and adapters, which no model brings. An optimizer that keeps
+    weights of its own must take them over afterwards (`reload_model_params`).
 
     Raises InputError, on all ranks, naming every weight that any of them lacks, that no rank has, or that has
     another shape.
     """
-    pieces = [piece for tensor in sharded_weights(chunks) for piece in _pieces(tensor)]
+    everything = (piece for tensor in sharded_weights(chunks) for piece in _pieces(tensor))
+    pieces = [piece for piece in everything if not is_adapter(piece.name)]
     _check(pieces, weights)
-    inside = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
-    inside |= {buffer.untyped_storage().data_ptr() for chunk in chunks for buffer in chunk.buffers()}
+    # A wrapper for training has other buffers under that name.
+    models = [unwrap(chunk) for chunk in chunks]
+    inside = {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
+    inside |= {buffer.untyped_storage().data_ptr() for model in models for buffer in model.buffers()}
     by_name: dict[str, list[_Piece]] = {}
     for piece in pieces:
         assert piece.data.untyped_storage().data_ptr() in inside, f"{piece.name} is a copy"

@@ -16,6 +16,7 @@ from megatron_moe.config.keys import leaves
 from megatron_moe.config.loading import load
 from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment, Tokenizer
+from megatron_moe.convert.adapters import merged
 from megatron_moe.convert.families import FAMILIES
 from megatron_moe.convert.family import Family, Json, NotOfFamily
 from megatron_moe.convert.huggingface import HuggingFaceWeights
@@ -35,7 +36,7 @@ class Model:
 
     Attributes:
         experiment: filled; its sections `model` and `moe` are the model's.
-        weights: all of them.
+        weights: all of them, adapters added to what they stand beside.
         folder: where they lie.
         huggingface: folder with the config.json and the tokenizer that came with the model; None where it was
             trained from the beginning.
@@ -148,7 +149,8 @@ def _checkpoint(folder: Path) -> Model:
     family = None
     if came_with is not None:
         family, tokenizer = read_config(came_with)[1], tokenizer or tokenizer_in(came_with)
-    return Model(experiment, CheckpointWeights(folder), folder, came_with, tokenizer, family)
+    weights, experiment = merged(CheckpointWeights(folder), experiment)
+    return Model(experiment, weights, folder, came_with, tokenizer, family)
 
 
 def tokenizer_in(folder: Path) -> Tokenizer | None:

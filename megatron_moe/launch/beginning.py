@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_moe.config.dump import to_yaml
 from megatron_moe.data.prepare import prepare
-from megatron_moe.launch import preflight, resume, sinks
+from megatron_moe.launch import preflight, resume, sinks, starting
 from megatron_moe.launch.run_folder import LockedRunFolder, open_locked
 from megatron_moe.plan.plan import Plan
 from megatron_moe.training import provenance
@@ -50,11 +50,19 @@ def begin(loaded: Loaded, plan: Plan, say: Callable[[str], None]) -> Job:
                 "another name starts a new run."
             )
             return Job(locked, finished=True)
+        came_with = None
+        source = experiment.checkpoint.initialize_from
+        if iteration is None:
+            came_with = starting.check(loaded)
+        elif source is not None:
+            say(f"checkpoint.initialize_from ({source}) is passed over: the run has checkpoints of its own")
         preflight.check(loaded)
         sinks.check(loaded)
         prepared = prepare(experiment, Path(experiment.logging.root))
         if (checkpoint := resume.newest_checkpoint(locked.folder)) is not None:
             provenance.check(checkpoint, prepared)
+        if came_with is not None:
+            starting.keep(came_with, locked.folder.path)
         locked.folder.write(loaded.text, to_yaml(experiment), plan.to_json())
         locked.folder.requeue.unlink(missing_ok=True)
     except BaseException:

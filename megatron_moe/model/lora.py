@@ -84,6 +84,8 @@ class Adapter(torch.nn.Module):
     lora_a: torch.nn.Parameter
     lora_b: torch.nn.Parameter
     weight: torch.nn.Parameter
+    config: Any
+    tp_group: Any
     places: Places | None = None
     """Of the tokens that the layer is about to see, where dropout goes by them."""
     purpose = ""
@@ -93,9 +95,8 @@ class Adapter(torch.nn.Module):
 
     def _add(self, rank: int) -> None:
         outputs, inputs = self.weight.shape
-        like = {"dtype": self.weight.dtype, "device": self.weight.device}
-        self.lora_a = torch.nn.Parameter(torch.empty(rank, inputs, **like))  # type: ignore[arg-type]
-        self.lora_b = torch.nn.Parameter(torch.empty(outputs, rank, **like))  # type: ignore[arg-type]
+        self.lora_a = torch.nn.Parameter(self.weight.new_empty(rank, inputs))
+        self.lora_b = torch.nn.Parameter(self.weight.new_empty(outputs, rank))
 
     def _narrow(self, x: Tensor) -> Tensor:
         """A x, of what dropout leaves of x [s, b, in]."""

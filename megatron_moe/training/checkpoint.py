@@ -84,6 +84,8 @@ def resume(trainer: Trainer) -> Path | None:
 def _load(trainer: Trainer, checkpoint: Path) -> None:
     provenance.check(checkpoint, trainer.prepared)
     about = json.loads((checkpoint / provenance.ABOUT).read_text())
+    # Of checkpoints from before there was such a thing it is not known.
+    trainer.initialized_from = about.get("initialized_from")
     same_layout = about["layout"] == asdict(trainer.plan.layout)
     common = sharded.load(checkpoint, trainer.chunks, trainer.optimizer, with_rng=same_layout)
     trainer.iteration = common["iteration"]
@@ -112,6 +114,7 @@ def _describe(trainer: Trainer, aside: Path) -> None:
         **_common(trainer),
         "layout": asdict(trainer.plan.layout),
         "versions": installed_versions(),
+        "initialized_from": trainer.initialized_from,
         **provenance.of(trainer.prepared),
     }
     (aside / provenance.ABOUT).write_text(json.dumps(about, indent=2) + "\n")

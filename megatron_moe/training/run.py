@@ -10,7 +10,6 @@ import torch.distributed as dist
 from megatron_moe.config.schema import Experiment
 from megatron_moe.engine import groups
 from megatron_moe.plan.plan import Plan
-from megatron_moe.training import checkpoint
 from megatron_moe.training.build import start
 from megatron_moe.training.callback import Callback
 from megatron_moe.training.callbacks.checkpointing import Checkpointing
@@ -22,6 +21,7 @@ from megatron_moe.training.callbacks.sink import Feed, Sink
 from megatron_moe.training.callbacks.tensorboard import TensorBoard
 from megatron_moe.training.callbacks.termination import Termination
 from megatron_moe.training.callbacks.weights_and_biases import WeightsAndBiases, mode_of
+from megatron_moe.training.starting import resume_or_begin
 from megatron_moe.training.summary import say_beginning, say_summary
 
 DONE, START_AGAIN = 0, 75
@@ -38,7 +38,7 @@ def train(run_folder: Path, experiment: Experiment, plan: Plan) -> int:
         Raises InputError, and RunError where a checkpoint cannot be written.
     """
     trainer = start(experiment, plan, run_folder)
-    resumed_from = checkpoint.resume(trainer)
+    resumed_from = resume_or_begin(trainer)
     trainer.callbacks = standard_callbacks(run_folder, experiment)
     if dist.get_rank() == 0:
         say_beginning(trainer, resumed_from, run_folder / LOG)

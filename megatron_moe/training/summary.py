@@ -45,6 +45,8 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
             f"The global batch grows from {training.rampup_batch_size[0]} to {training.global_batch_size} "
             f"sequences, {reached}"
         )
+    if resumed_from is None and trainer.initialized_from is not None:
+        lines.append(f"Starting from the weights in {trainer.initialized_from}")
     if resumed_from is not None:
         done, wanted = trainer.iteration, trainer.experiment.training.train_iters
         lines.append(f"Resuming from {resumed_from}: {done} of {plural(wanted, 'step')} done")

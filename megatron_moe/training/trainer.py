@@ -53,6 +53,7 @@ class Trainer:
         stop_requested: set from a signal; the ranks agree on it at the end of a step.
         stopped: they have agreed to stop.
         last_record: what the newest step, if this process has done one, came to.
+        initialized_from: the model that the run started from, as its `checkpoint.initialize_from` named it.
     """
 
     experiment: Experiment
@@ -65,6 +66,7 @@ class Trainer:
     datasets: Datasets
     run_folder: Path
     callbacks: Sequence[Callback] = ()
+    initialized_from: str | None = None
     iteration: int = 0
     consumed_samples: int = 0
     stop_requested: bool = False

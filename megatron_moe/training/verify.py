@@ -25,6 +25,7 @@ from megatron_moe.plan import plan
 from megatron_moe.training import verify_differences as differences
 from megatron_moe.training.build import start
 from megatron_moe.training.callback import Record
+from megatron_moe.training.starting import begin_from
 from megatron_moe.training.trainer import Trainer
 from megatron_moe.training.verify_report import Report, Step, Tolerances, announcement, print_report
 
@@ -73,6 +74,7 @@ def without_draws(experiment: Experiment) -> tuple[Experiment, list[str]]:
 def record(trainer: Trainer, steps: int, folder: Path) -> None:
     """Train from the first batch on, and write what `compare` needs into `folder`. Collective over all
     ranks."""
+    begin_from(trainer)
     weights = folder / "weights"
     if dist.get_rank() == 0:
         weights.mkdir(parents=True)
@@ -100,6 +102,8 @@ def compare(trainer: Trainer, steps: int, folder: Path, tolerance: float | None)
     assert dist.get_world_size() == 1
     checkpoint.load_weights(folder / "weights", trainer.chunks)
     trainer.optimizer.reload_model_params()
+    # It has to give this process what it gave the ranks.
+    begin_from(trainer)
     recorded: list[Record] = json.loads((folder / _RECORDS).read_text())
     dtype = next(trainer.chunks[0].parameters()).dtype
     allowed = Tolerances.of(dtype, tolerance)

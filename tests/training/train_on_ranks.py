@@ -23,6 +23,7 @@ from megatron_moe.training import checkpoint
 from megatron_moe.training.build import start
 from megatron_moe.training.callback import Callback, Record
 from megatron_moe.training.run import standard_callbacks
+from megatron_moe.training.starting import resume_or_begin
 from megatron_moe.training.trainer import Trainer
 
 Look = Callable[[Trainer], Any]
@@ -46,7 +47,7 @@ def begin(experiment: Experiment, run: Path) -> Trainer:
 def train(experiment: Experiment, run: Path, stop_at: int = 0) -> int:
     """What `train` does in each rank, up to step `stop_at`. Returns the iteration it began from."""
     trainer = begin(experiment, run)
-    checkpoint.resume(trainer)
+    resume_or_begin(trainer)
     began = trainer.iteration
     trainer.callbacks = [StopAt(stop_at), *standard_callbacks(run, experiment)]
     trainer.fit()

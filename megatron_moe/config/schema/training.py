@@ -72,6 +72,13 @@ class Optimizer(Section):
     """Part of the state that is offloaded, at least: whole weights are."""
 
 
+AdaptedPart = Literal["attention", "mlp", "shared_experts", "experts"]
+
+
+def _attention() -> list[AdaptedPart]:
+    return ["attention"]
+
+
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021): only these are trained, all other weights stay as they are. A
     matrix W becomes W + (alpha / rank) B A, with B zero at first, so that training begins with the model as
@@ -83,9 +90,7 @@ class Lora(Section):
     """Over the rank, what B A is multiplied by. Default: twice the rank."""
     dropout: Fraction = 0.0
     """Of what goes into A. The same tokens' elements are dropped in every layout."""
-    targets: Annotated[
-        list[Literal["attention", "mlp", "shared_experts", "experts"]], Field(min_length=1)
-    ] = Field(default_factory=lambda: ["attention"])
+    targets: Annotated[list[AdaptedPart], Field(min_length=1)] = Field(default_factory=_attention)
     """What gets adapters: the projections of attention, dense feed-forward layers, shared experts, routed
     experts (an A and a B for each matrix of each expert)."""
 
