@@ -26,10 +26,15 @@ def padded_vocab_size(experiment: Experiment) -> int:
     return -(-vocab // multiple) * multiple
 
 
-def build_chunks(experiment: Experiment, plan: Plan, dtype: torch.dtype) -> list[torch.nn.Module]:
+def build_chunks(
+    experiment: Experiment, plan: Plan, dtype: torch.dtype, *, drawn: bool = True
+) -> list[torch.nn.Module]:
     """This rank's model chunks in token order, initialised, on its device, in training mode.
 
     Megatron-Core's parallel state must be initialised for `plan.layout`.
+
+    Args:
+        drawn: give weights their first values; else they are whatever memory held, to be filled.
     """
     from megatron.core import parallel_state
     from megatron.core.transformer.module import Float16Module
@@ -44,7 +49,8 @@ def build_chunks(experiment: Experiment, plan: Plan, dtype: torch.dtype) -> list
     for stage in stages:
         chunk = build_chunk(experiment, config, stage, virtual=len(stages) > 1)
         chunk.to(torch.cuda.current_device())
-        initialize(chunk, experiment, stage)
+        if drawn:
+            initialize(chunk, experiment, stage)
         trained.choose(chunk, experiment)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks

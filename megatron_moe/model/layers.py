@@ -7,7 +7,7 @@ from typing import Any, Literal
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.model import Model
 from megatron_moe.engine.versions import accept_as_linear, moe_submodules
-from megatron_moe.model import lora
+from megatron_moe.model import lora, uneven_heads
 from megatron_moe.model.attention import CoreAttention
 from megatron_moe.model.attention_parts import biased, clipped
 from megatron_moe.model.norms import Norm, NormOfKeys, NormOfQueries
@@ -55,7 +55,10 @@ def _layer_spec(experiment: Experiment, config: Any, kind: Literal["dense", "moe
     native = experiment.model.spec == "native"
     make = native_layer_spec if native else transformer_engine_layer_spec
     spec = make(config, num_experts=config.num_moe_experts if kind == "moe" else None)
-    _adapt_attention(spec.submodules.self_attention, experiment.model)
+    attention = spec.submodules.self_attention
+    _adapt_attention(attention, experiment.model)
+    if uneven_heads.are_uneven(experiment):
+        attention.module = uneven_heads.uneven(attention.module)
     lora.put_into(spec, experiment, has_experts=kind == "moe")
     if kind == "moe":
         _use_our_moe_layer(spec, experiment, config)

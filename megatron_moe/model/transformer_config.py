@@ -10,6 +10,7 @@ from megatron_moe.config.device_needs import needs_of
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
+from megatron_moe.model import uneven_heads
 from megatron_moe.model.activations import ACTIVATIONS
 from megatron_moe.model.rotary import softmax_scale
 from megatron_moe.plan.plan import Plan
@@ -40,6 +41,9 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         | _recompute_fields(experiment, plan, pipeline_rank)
         | _device_fields(experiment)
     )
+    heads_are_uneven = uneven_heads.are_uneven(experiment)
+    if heads_are_uneven:
+        fields |= uneven_heads.of_even_heads(experiment)
     further = experiment.model.megatron_core
     kind = TransformerConfig if experiment.model.multi_latent_attention is None else MLATransformerConfig
     try:
@@ -58,6 +62,9 @@ def transformer_config(experiment: Experiment, plan: Plan, pipeline_rank: int, d
         ) from error
     # Not before its checks: they refuse experts with biases where ETP > 1, which its own add up wrongly.
     config.add_bias_linear = experiment.model.mlp_bias
+    if heads_are_uneven:
+        config.num_attention_heads = experiment.model.num_attention_heads
+        config.num_query_groups = experiment.model.num_query_groups
     if experiment.recompute.granularity == "selective":
         config.recompute_modules = list(experiment.recompute.modules or ())
     return config

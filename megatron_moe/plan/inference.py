@@ -189,14 +189,14 @@ def heads_of_ranks(query_heads: int, kv_heads: int, ranks: int) -> list[tuple[in
     """
     together = query_heads // kv_heads
     if kv_heads >= ranks:
-        return [(together * count, count) for _, count in _dealt(kv_heads, ranks)]
+        return [(together * count, count) for _, count in dealt(kv_heads, ranks)]
     return [
         (count, (first + count - 1) // together - first // together + 1)
-        for first, count in _dealt(query_heads, ranks)
+        for first, count in dealt(query_heads, ranks)
     ]
 
 
-def _dealt(things: int, ranks: int) -> Iterator[tuple[int, int]]:
+def dealt(things: int, ranks: int) -> Iterator[tuple[int, int]]:
     """The first thing and the number of them on each rank."""
     each, rest = divmod(things, ranks)
     first = 0
