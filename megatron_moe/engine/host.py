@@ -18,6 +18,7 @@ import torch
 from megatron_moe.engine.stand_ins import (
     HOST,
     HostStream,
+    exact_norm,
     gather_unequal,
     host_state,
     itself,
@@ -96,6 +97,12 @@ STAND_INS: tuple[StandIn, ...] = (
         "gloo scatters only equal parts",
         "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
         wraps=True,
+    ),
+    StandIn(
+        "megatron.core.optimizer.clip_grads.l2_norm_impl",
+        exact_norm,
+        "its own adds up millions of squares in float32, one by one",
+        "l2_norm_impl = local_multi_tensor_l2_norm",
     ),
     StandIn("torch.Tensor.cuda", itself, "gradients and tied embeddings are moved to the device", ".cuda("),
     StandIn(

@@ -16,7 +16,7 @@ from distributed import ranks
 
 from megatron_moe.engine import device as devices
 from megatron_moe.engine import host
-from megatron_moe.engine.stand_ins import not_compiled, on_host
+from megatron_moe.engine.stand_ins import exact_norm, not_compiled, on_host
 
 NOT_ON_OUR_WAY = ("inference", "models/multimodal", "models/mimo", "export", "post_training", "ssm")
 
@@ -134,3 +134,14 @@ def test_parts_of_different_length(rows: list[int]) -> None:
         assert torch.equal(result[1], gathered_gradient.split(rows)[rank])
         assert torch.equal(result[2], scattered.split(rows)[rank])
         assert torch.equal(result[3], torch.cat(parts))
+
+
+def test_the_gradient_norm_of_a_large_vocabulary_is_exact() -> None:
+    torch.manual_seed(0)
+    gradient = 1e-3 * torch.randn(40_000, 64)
+    gradient[:50] += torch.randn(50, 64)
+    parts = [gradient[:30_000], gradient[30_000:]]
+    expected = float(gradient.double().norm())
+    norm, _ = exact_norm(1, torch.zeros(1), [parts], False)
+    assert abs(float(norm) / expected - 1) < 1e-6
+    assert float(exact_norm(1, torch.zeros(1), [[]], False)[0]) == 0
