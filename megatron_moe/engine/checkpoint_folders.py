@@ -84,6 +84,17 @@ def commit(aside: Path, run_folder: Path, iteration: int, hashes: dict[str, str]
     Args:
         hashes: SHA-256 of every file, by name.
     """
+    seal(aside, iteration, hashes)
+    final = folder_of(run_folder, iteration)
+    os.rename(aside, final)
+    _sync(final.parent)
+    point_latest(final)
+    return final
+
+
+def seal(aside: Path, iteration: int, hashes: dict[str, str]) -> None:
+    """Give a folder its manifest, and see to it that all of it is on the disk. `hashes`: SHA-256 by name; a
+    name may have folders in it."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "iteration": iteration,
@@ -92,14 +103,8 @@ def commit(aside: Path, run_folder: Path, iteration: int, hashes: dict[str, str]
         },
     }
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    for path in aside.iterdir():
+    for path in (*aside.rglob("*"), aside):
         _sync(path)
-    _sync(aside)
-    final = folder_of(run_folder, iteration)
-    os.rename(aside, final)
-    _sync(final.parent)
-    point_latest(final)
-    return final
 
 
 def point_latest(checkpoint: Path) -> None:

@@ -41,6 +41,10 @@ _FORMAT = {
 """As Megatron-Core's `metadata.json` says it."""
 
 
+_LARGE = 1 << 20
+"""Bytes from which on a piece that torch writes is the tensor itself, which stays; others are gone at once."""
+
+
 @dataclass
 class _Written:
     """What one process wrote: where each weight lies in its file, and what the whole file hashes to."""
@@ -161,7 +165,10 @@ class _Hashed(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         self._wait()
-        self._hashing = self._thread.submit(self._hash.update, content)
+        if len(content) < _LARGE:
+            self._hash.update(content)
+        else:
+            self._hashing = self._thread.submit(self._hash.update, content)
         try:
             size = self._file.write(content)
         except OSError as error:
