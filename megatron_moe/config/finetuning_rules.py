@@ -97,7 +97,18 @@ def rates_have_weights(e: Experiment) -> Problems:
 
 
 def similarity_has_experts(e: Experiment) -> Problems:
-    """There must be two experts in some layer to be alike."""
+    """There must be two experts in some layer to be alike, and they must change."""
     key = "logging.expert_similarity"
-    if e.logging.expert_similarity and e.moe is None:
+    if not e.logging.expert_similarity:
+        return
+    if e.moe is None:
         yield Problem((key, "moe"), "is of experts, and there is no section moe", "leave it out")
+    elif e.moe.num_moe_experts == 1:
+        keys = (key, "moe.num_moe_experts")
+        yield Problem(keys, f"is of pairs of experts, and {keys[1]} is 1", "leave it out")
+    if e.model.spec != "native":
+        text = f"cannot be computed of the experts of model.spec {e.model.spec}"
+        yield Problem((key, "model.spec"), text, "leave it out, or set model.spec to native")
+    if e.training.lora is not None:
+        text = f"would be the same at every step: {_LORA} leaves the experts' own weights as they are"
+        yield Problem((key, _LORA), text, "leave it out")

@@ -27,6 +27,7 @@ from megatron_moe.plan.plan import Plan
 from megatron_moe.training import communication, router_updates
 from megatron_moe.training.balance_metrics import balance_metrics
 from megatron_moe.training.callback import Callback, Record
+from megatron_moe.training.expert_similarity import expert_similarity
 from megatron_moe.training.forward import Batch, forward_step
 from megatron_moe.training.metrics import (
     StepSums,
@@ -160,6 +161,8 @@ class Trainer:
             record |= moe_metrics(sums.moe, self.experiment, detailed)
             microbatches = sums.moe.column("microbatches")
             record |= balance_metrics(sums.balance, microbatches, self.experiment, detailed)
+            if detailed and self.experiment.logging.expert_similarity:
+                record |= expert_similarity(self.experiment, self.chunks, self.device.torch_device)
         if communication.copies_experts(self.experiment):
             record |= communication.copied_experts(self.chunks, self.device.torch_device)
         return record
