@@ -72,6 +72,18 @@ def open_model(path: str | Path) -> Model:
     )
 
 
+def open_folder(path: str | Path) -> Path:
+    """A Hugging Face folder. Raises InputError where there is none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder")
+    if (folder / checkpoint_folders.MANIFEST).is_file():
+        raise InputError(f"{folder}: is a checkpoint of this program already, not a Hugging Face folder")
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: is no Hugging Face folder: it has no {CONFIG}")
+    return folder
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
     """The config.json of a Hugging Face folder, and the family that it names. Raises InputError."""
     path = folder / CONFIG

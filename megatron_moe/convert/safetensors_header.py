@@ -78,9 +78,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def _cut_short(path: Path, size: int, wanted: int) -> str:
-    return (
-        f"{path}: has {size:,} of at least {wanted:,} bytes: it was not downloaded to its end: get it anew"
-    )
+    return f"{path}: has {size:,} of at least {wanted:,} bytes: its download was not finished; get it again"
 
 
 def _stored(path: Path, data: int, name: str, entry: Any) -> Stored:
