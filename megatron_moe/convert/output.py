@@ -37,7 +37,7 @@ def made_aside(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
         free = shutil.disk_usage(out.parent).free
         if free < needed_bytes:
             raise RunError(
-                f"{out}: needs {needed_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free there; make room"
+                f"{out}: needs {needed_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; make room"
             )
         aside.mkdir()
         yield aside

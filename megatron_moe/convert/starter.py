@@ -18,7 +18,7 @@ def starter_yaml(source: Path, experiment: Experiment, sections: dict[str, Any])
     length = min(_LENGTH, sections["model"].get("max_position_embeddings", _LENGTH))
     tokenizer = tokenizer_in(source)
     lines = [
-        f"# The model of {source.name}, as its config.json says. Say in `data` what to train it on, and then:",
+        f"# The model of {source.name}, as its config.json says. Say in `data` what to train it on, then:",
         "#   megatron-moe train experiment.yaml",
         "",
         f"name: {flow(experiment.name)}",
@@ -49,7 +49,7 @@ def starter_yaml(source: Path, experiment: Experiment, sections: dict[str, Any])
         "  train_iters: 100",
         "  global_batch_size: 32",
         "  micro_batch_size: 1",
-        f"  seq_length: {length}            # the model reads up to {experiment.model.max_position_embeddings}",
+        f"  seq_length: {length}            # at most {experiment.model.max_position_embeddings}",
         "",
         "# Over several ranks, for example:",
         "# parallel:",
