@@ -1,9 +1,9 @@
 """Where a host's large tensors get their memory from.
 
 The C library maps tensors of 16 or 32 MB anew at some times and uses freed memory again at others, as its
-dynamic threshold has it. Mapped anew, each page of 4 KiB costs a fault when it is first written, and the same
-output layer takes 72 or 55 ms. Where all of them use freed memory again (no `mmap`), times are steady, but the
-heap of a rank grows to more than twice what it needs (seen with glibc 2.36).
+dynamic threshold has it. Mapped anew, each page of 4 KiB costs a fault when it is first written, and the
+same output layer takes 72 or 55 ms. Where all of them use freed memory again (no `mmap`), times are steady,
+but the heap of a rank grows to more than twice what it needs (seen with glibc 2.36).
 
 With huge pages neither is needed: large tensors are always mapped, a fault brings 2 MiB, and memory goes back
 at once when a tensor dies.
@@ -24,7 +24,7 @@ _TORCH = "THP_MEM_ALLOC_ENABLE"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of glibc's malloc.h."""
 _TRIM_BYTES = 64 << 20
-"""Freed memory up to this stays in the heap: what glibc comes to by itself until a threshold is set by hand."""
+"""Freed memory up to this stays in the heap: what glibc comes to by itself where no threshold is set."""
 
 
 def use_huge_pages() -> bool:

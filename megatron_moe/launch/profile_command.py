@@ -47,7 +47,7 @@ def profile(config_path: Path, overrides: Sequence[str], output: Path | None) ->
             ranks = ranks_at_once(experiment, on_host)
             threads = experiment.launch.threads_per_rank or local_ranks.threads_each(ranks)
             found = Path(folder) / "measured.json"
-            pieces_of = measured(experiment, ranks, Path(folder))
+            pieces_of = measured(experiment, ranks, on_host, Path(folder))
             (Path(folder) / "pieces.yaml").write_text(to_yaml(pieces_of))
             print(f"{experiment.name}: measuring with {plural(ranks, 'rank')}", flush=True)
             argv = [sys.executable, "-m", "megatron_moe.launch.rank", "profile", folder]

@@ -1,6 +1,6 @@
 """A small model in training, whose pieces are measured.
 
-It has all kinds of pieces in their real shapes, two layers of each kind, and trains with the schedule, the
+It has all kinds of pieces in their real shapes, few layers of each kind, and trains with the schedule, the
 gradient buffers and the optimizer of training. Moments between pieces are taken while microbatches pass
 (`engine.piece_marks`): so caches, allocator and neighbours are those of a pass through a whole stage.
 """
