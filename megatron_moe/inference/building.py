@@ -14,10 +14,12 @@ from megatron_moe.engine import groups
 from megatron_moe.engine.device import Device
 from megatron_moe.inference.generation import Generator
 from megatron_moe.inference.network import Network
-from megatron_moe.model.gpt import build_chunks
+from megatron_moe.model.gpt import build_chunks, padded_vocab_size
 from megatron_moe.plan import plan
 
 _TIMEOUT_S = 600
+_BY_TOKEN = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Weights with a row a token."""
 
 
 def build(experiment: Experiment, weights: Weights, device: Device, dtype: torch.dtype) -> Generator:
@@ -37,21 +39,28 @@ def build(experiment: Experiment, weights: Weights, device: Device, dtype: torch
     planned = plan.make(experiment, profiled=False)
     groups.initialize_model_parallel(planned.layout, experiment.training.seed, _TIMEOUT_S)
     (chunk,) = build_chunks(experiment, planned, dtype, drawn=False)
-    fill([chunk], _WithoutFurtherPredictions(weights))
+    fill([chunk], _ForInference(weights, padded_vocab_size(experiment)))
     replicas = parallel_state.get_data_parallel_group()
     return Generator(Network(chunk, experiment, dtype), replicas if replicas.size() > 1 else None)
 
 
-class _WithoutFurtherPredictions:
-    """The weights of a model without its layers for multi-token prediction, which generation has no use
-    for."""
+class _ForInference:
+    """The weights of a model without its layers for multi-token prediction, which generation has no use for,
+    and with rows for so many tokens as the ranks can share evenly."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights = weights
+    def __init__(self, weights: Weights, rows: int) -> None:
+        self.weights, self.rows = weights, rows
 
     def inventory(self) -> Mapping[str, Weight]:
         found = self.weights.inventory()
-        return {name: weight for name, weight in found.items() if not name.startswith("mtp.")}
+        return {
+            name: Weight((self.rows, *weight.shape[1:]), weight.dtype) if name in _BY_TOKEN else weight
+            for name, weight in found.items()
+            if not name.startswith("mtp.")
+        }
 
     def read(self, name: str) -> Tensor:
-        return self.weights.read(name)
+        weight = self.weights.read(name)
+        if name not in _BY_TOKEN:
+            return weight
+        return torch.cat([weight, weight.new_zeros(self.rows - len(weight), *weight.shape[1:])])

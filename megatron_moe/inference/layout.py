@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,10 +70,17 @@ def _refused(tree: Tree) -> Iterator[str]:
 
 
 def _without_training(experiment: Experiment) -> Experiment:
+    model, ranks = experiment.model, experiment.parallel.tensor_model_parallel_size
     changes: dict[str, Any] = {
         "recompute": Recompute(),
-        "model": experiment.model.model_copy(
-            update={"mtp_num_layers": 0, "spec": "native", "apply_rope_fusion": False}
+        "model": model.model_copy(
+            update={
+                "mtp_num_layers": 0,
+                "spec": "native",
+                "apply_rope_fusion": False,
+                # Rows that no token has are never looked at.
+                "make_vocab_size_divisible_by": math.lcm(model.make_vocab_size_divisible_by, ranks),
+            }
         ),
         "training": experiment.training.model_copy(
             update={"fp8": None, "gradient_accumulation_fusion": False}
@@ -119,7 +127,6 @@ _RULES = (
     _layers_are_given,
     _heads_over_tp,
     model_rules.ffn_over_tp,
-    model_rules.padded_vocab_over_tp,
     model_rules.expert_ffn_over_etp,
     model_rules.shared_experts_over_tp,
     model_rules.biases_of_experts,
