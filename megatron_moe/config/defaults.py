@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from megatron_moe.config import tokenizer_files
 from megatron_moe.config.cluster_defaults import CLUSTER_KEYS
 from megatron_moe.config.errors import ConfigError, InputError
+from megatron_moe.config.group_scores import group_score_topk
 from megatron_moe.config.keys import leaves
 from megatron_moe.config.layout_string import (
     AUTO,
@@ -179,13 +180,8 @@ def _kv_channels(e: Experiment, world_size: int | None) -> int:
 
 
 def _group_score_topk(e: Experiment, world_size: int | None) -> int | None:
-    """In DeepSeek-V2 a group's largest score, in DeepSeek-V3 the sum of those that would come out of it."""
     assert e.moe is not None
-    if e.moe.moe_router_group_topk is None:
-        return None
-    if e.moe.moe_router_score_function == "softmax":
-        return 1
-    return max(1, e.moe.moe_router_topk // e.moe.moe_router_group_topk)
+    return group_score_topk(e.moe)
 
 
 def _vocab_size(e: Experiment, world_size: int | None) -> int:

@@ -115,7 +115,7 @@ def _in_rows(query: Tensor, key: Tensor, value: Tensor, scores: Scores, leading:
         mask = _mask(part.size(2), end - first, begin - first, window, leading, query.dtype, query.device)
         parts.append(_attention(part, seen_keys, seen_values, scores, mask=mask))
         begin = end
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _seen(x: Tensor, leading: int, first: int, end: int) -> Tensor:

@@ -50,6 +50,11 @@ CASES: dict[str, tuple[Experiment, int]] = {
     "bf16, two sequences": sized(training={"precision": "bf16", "micro_batch_size": 2}),
     "norms of heads": sized(model={"qk_norm": "head"}),
     "norms of heads in bf16": sized(model={"qk_norm": "head"}, training={"precision": "bf16"}),
+    "norms of all heads": sized(model={"qk_norm": "all_heads"}),
+    "norms of all heads in bf16": sized(model={"qk_norm": "all_heads"}, training={"precision": "bf16"}),
+    "windows": sized(model={"sliding_window": 40}),
+    "sinks": sized(model={"attention_sinks": True}),
+    "a clamped activation": sized(model={"activation": "clamped_swiglu"}),
     "LayerNorm, gelu, learned positions, dropout": sized(
         model={
             "normalization": "LayerNorm",

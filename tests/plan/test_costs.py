@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from plan_experiments import filled
 
@@ -149,6 +151,27 @@ def test_flops_of_latent_attention_and_multi_token_prediction() -> None:
     assert flops_per_token(plain) == 6 * (passed + 61 * scores)
     one_more = 2 * 7168 * 7168 + narrow + experts + 129280 * 7168
     assert flops_per_token(further) == 6 * (passed + one_more + 62 * scores)
+
+
+@pytest.mark.parametrize(
+    ("window", "which", "windowed"),
+    [(24, None, 4), (24, 2, 2), (24, [0, 0, 0, 1], 1), (64, 2, 0), (300, 2, 0)],
+)
+def test_flops_of_layers_with_a_sliding_window(
+    window: int, which: int | list[int] | None, windowed: int
+) -> None:
+    """Scores are counted as twice those that are seen, which without a window are all."""
+    length, heads = 64, 4
+
+    def scores(**model: Any) -> float:
+        sizes = {"num_layers": 4, "num_attention_heads": heads, "kv_channels": 16}
+        return flops_per_token(filled(model={**sizes, **model}, training={"seq_length": length}))
+
+    # Half of itself, as of all causal scores half of the square.
+    seen = sum(query + 0.5 if query < window else window for query in range(length)) / length
+    fewer = windowed * (length - 2 * seen)
+    difference = scores() - scores(sliding_window=window, window_attn_skip_freq=which)
+    assert difference == pytest.approx(6 * heads * 2 * 16 * fewer)
 
 
 def test_flops_are_those_behind_skyworks_published_utilisation() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.schema import Experiment
+from megatron_moe.config.windows import keys_of_token
 from megatron_moe.plan.costs.weight import Weights
 from megatron_moe.plan.costs.weights import on_a_rank, shared_word_embedding, weights_of
 from megatron_moe.plan.layout import Layout
@@ -19,7 +20,8 @@ from megatron_moe.plan.units import Kind
 FORMULA = (
     "3 x forward; forward = 2 x the matrix weights that a token passes, output layer included, "
     "+ 2 x seq_length x heads x (key width + value width) a layer "
-    "(attention scores in full, not halved for the causal mask), with multi-token-prediction layers and an "
+    "(attention scores in full, not halved for the causal mask; with a sliding window w, "
+    "w (2 - w / seq_length) in place of seq_length), with multi-token-prediction layers and an "
     "output product for each; recomputation is not counted"
 )
 """What `flops_per_token` computes. Printed beside every number made from it."""
@@ -73,15 +75,16 @@ def flops_per_token(experiment: Experiment) -> float:
     return 3.0 * (products + scores)
 
 
-def scores_per_token(experiment: Experiment) -> int:
-    """FLOPs of one layer's attention scores and of what they weigh, for one token, forward."""
+def scores_per_token(experiment: Experiment) -> float:
+    """FLOPs of one layer's attention scores and of what they weigh, for one token, forward; a mean over
+    layers."""
     model = experiment.model
     if (latent := model.multi_latent_attention) is not None:
         widths = latent.qk_head_dim + latent.qk_pos_emb_head_dim + latent.v_head_dim
     else:
         assert model.kv_channels is not None
         widths = 2 * model.kv_channels
-    return 2 * experiment.training.seq_length * model.num_attention_heads * widths
+    return 2 * keys_of_token(experiment) * model.num_attention_heads * widths
 
 
 def stage_costs(experiment: Experiment, layout: Layout, stage: Stage) -> StageCosts:

@@ -10,14 +10,16 @@ _COPIES = 3
 
 
 def score_bytes(experiment: Experiment, plan: Plan) -> int:
-    """What the scores [b, n, s, s] in fp32 take at least, on all ranks together, where every layer keeps them
-    for its backward pass: of one microbatch, and of recomputed layers one at a time.
+    """What the scores [b, n, s, s], with a sliding window [b, n, s, w], in fp32 take at least, on all ranks
+    together, where every layer keeps them for its backward pass: of one microbatch, and of recomputed layers
+    one at a time.
 
     torch's fused attention keeps none, but on a host it knows no dropout.
     """
     training, recompute = experiment.training, experiment.recompute
     one_layer = _COPIES * 4 * training.micro_batch_size * experiment.model.num_attention_heads
-    one_layer *= training.seq_length**2
+    length, window = training.seq_length, experiment.model.sliding_window
+    one_layer *= length * (length if window is None else min(window, length))
     kept = 0
     for rank in range(plan.layout.pipeline_model_parallel_size):
         stages = [stage for stage in plan.stages if stage.pipeline_rank == rank]

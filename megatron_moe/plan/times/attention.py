@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_moe.config.rule import set_value
 from megatron_moe.config.schema.model import MultiLatentAttention
+from megatron_moe.config.windows import keys_of_token
 from megatron_moe.plan.times.collectives import all_gather_s, exposed_s
 from megatron_moe.plan.times.kernels import Cost
 from megatron_moe.plan.times.work import Work
@@ -62,13 +63,13 @@ def _per_head(work: Work, forward: float, backward: float, kernels: int = 2) -> 
 
 
 def _core(work: Work, key: int, value: int, both: float) -> Cost:
-    """Causal scores, half of the square, and what they weigh.
+    """Causal scores, half of the square, and what they weigh. Of layers with and without a window the mean.
 
     Args:
         both: width of all heads' keys and values together.
     """
     experiment = work.experiment
-    length = experiment.training.seq_length
+    length = keys_of_token(experiment)
     heads = experiment.model.num_attention_heads / work.tensor
     cost = work.kernels.scores(work.tokens * length * heads * (key + value))
     if work.layout.context_parallel_size == 1:

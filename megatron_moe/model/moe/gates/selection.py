@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_moe.config.group_scores import group_score_topk
 from megatron_moe.config.schema.moe import MoE
 from megatron_moe.model.moe.gates.gate import Choice
 
@@ -16,12 +17,12 @@ def largest(moe: MoE, values: Tensor) -> Tensor:
     """[t, k] the experts of the largest values [t, e], the largest first; where experts lie in groups, of the
     best groups only.
 
-    A group's value is the sum of its moe_router_group_score_topk largest.
+    A group's value is the sum of some of its largest (see `group_score_topk`).
     """
     k, groups, chosen = moe.moe_router_topk, moe.moe_router_num_groups, moe.moe_router_group_topk
     if groups is not None and chosen is not None:
         grouped = values.unflatten(1, (groups, -1))
-        summed = moe.moe_router_group_score_topk
+        summed = group_score_topk(moe)
         assert summed is not None
         best = grouped.topk(summed, dim=-1).values.sum(-1).topk(chosen, dim=-1).indices
         outside = torch.ones(len(values), groups, dtype=torch.bool, device=values.device)

@@ -52,10 +52,19 @@ def _grouped(model: Model, share: Share) -> Part:
     copied = queries if heads > groups > 1 else 0.0
     kept = 0.0
     if model.qk_norm is not None:
-        kept += _norms_of_heads(model, heads, groups, copied > 0, share)
+        if model.qk_norm == "head":
+            kept += _norms_of_heads(model, heads, groups, copied > 0, share)
+        else:
+            # Copies in fp32, and the same normalised, both of which the weights' gradient reads.
+            kept += 2 * _FP32 * tokens * (heads + groups) * width
         copied = 0.0 if rotates else queries
     kept += _positions(model, width, share) if rotates else 0.0
     entering = queries + keys if rotates else copied
+    if model.attention_sinks:
+        # One more channel, of queries, keys and values that are copied for it, and of their context.
+        wider = (width + 1) / width
+        kept += queries * wider
+        entering, projected = (queries + 2 * keys) * wider, 0.0
     working = 2 * queries + 2 * keys
     normalisers = _FP32 * tokens * heads
     if "core_attn" in share.modules:
@@ -84,16 +93,10 @@ def _positions(model: Model, width: float, share: Share) -> float:
 
 
 def _scores(model: Model, heads: float, share: Share) -> float:
-    """Scores of s x s, which torch's fused attention on a host cannot spare under dropout, and masks where a
-    chunk of the sequence sees keys before it."""
-    if not share.on_host:
+    """Scores of s x s, which torch's fused attention on a host cannot spare under dropout."""
+    if not share.on_host or not model.attention_dropout:
         return 0.0
-    keys = share.length * share.context
-    if model.attention_dropout > 0:
-        return 3 * _FP32 * share.batch * heads * share.length * keys
-    if share.context == 1:
-        return 0.0
-    return _FP32 * (share.length / 2) ** 2 * (2 * share.context + 1)
+    return 3 * _FP32 * share.batch * heads * share.length**2 * share.context
 
 
 def _latent(model: Model, share: Share, latent: MultiLatentAttention) -> Part:
