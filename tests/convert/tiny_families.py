@@ -44,21 +44,27 @@ LATENT = {
     "kv_lora_rank": 10,
     "q_lora_rank": 14,
     "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
+    "qk_rope_head_dim": 8,
     "v_head_dim": 5,
     "aux_loss_alpha": 0.0,
 }
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 123456.7,
+    "rope_theta": 37.6,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 8.0,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
-OF_DEEPSEEK = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9, "beta_fast": 16.0, "beta_slow": 0.5}
+OF_DEEPSEEK = {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9, "beta_fast": 2.0, "beta_slow": 0.7}
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ CASES: dict[str, Case] = {
     "gpt_oss": Case(
         "gpt_oss",
         {
-            "head_dim": 8,
+            "head_dim": 16,
             "num_local_experts": 5,
             "num_experts_per_tok": 2,
             "router_aux_loss_coef": 0.0,
