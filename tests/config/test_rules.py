@@ -12,6 +12,7 @@ from data_rule_cases import DATA_CASES
 from device_rule_cases import DEVICE_CASES
 from dispatch_rule_cases import DISPATCH_CASES
 from experiment_files import DENSE, MOE, problems
+from finetuning_rule_cases import FINETUNING_CASES
 from loss_rule_cases import LOSS_CASES
 from mtp_rule_cases import MTP_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
@@ -373,6 +374,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *CLUSTER_CASES,
     *DATA_CASES,
     *OPTIMIZER_CASES,
+    *FINETUNING_CASES,
     *TOKENIZER_CASES,
     *DEVICE_CASES,
     *DISPATCH_CASES,
