@@ -10,7 +10,7 @@ from distributed import ranks
 from experiments import experiment, layout
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.costs.memory import mtp_embedding, shared_embedding, static_bytes
+from megatron_moe.plan.costs.memory import shared_embedding, static_bytes
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.plan import make
 from megatron_moe.plan.stages import Stage
@@ -72,7 +72,7 @@ def planned(given: Experiment, stage: Stage) -> StaticBytes:
         pieces.append(static_bytes(given, parts, "head"))
     if not stage.has_embedding:
         pieces += [shared_embedding(given, parts)] * stage.has_loss
-        pieces += [mtp_embedding(given, parts)] * (stage.num_mtp_layers > 0)
+        pieces += [static_bytes(given, parts, "embedding")] * (stage.num_mtp_layers > 0)
     return sum(pieces, StaticBytes(0, 0, 0))
 
 

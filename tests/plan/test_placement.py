@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from placed_units import Request, all_placements, model, models, unit
 
@@ -73,8 +73,8 @@ def test_no_interleaved_placement_that_fits_is_faster(request: Request) -> None:
     assert_is_fastest(request)
 
 
-@settings(max_examples=8)
-@given(requests(chunks=1) | requests(chunks=2))
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
+@given(requests(chunks=1))
 def test_of_a_million_microbatches_the_slowest_rank_is_as_fast_as_any_placement_makes_it(
     request: Request,
 ) -> None:
@@ -86,8 +86,7 @@ def test_of_a_million_microbatches_the_slowest_rank_is_as_fast_as_any_placement_
     found, shortest = placed(request), min(spans.values())
     assert spans[found.layers_per_stage, found.recompute_per_rank] == pytest.approx(shortest, rel=5e-5)
     assert found.bound_s <= shortest * (1 + 1e-9)
-    if request.chunks == 1:
-        assert found.makespan_s == pytest.approx(shortest, rel=5e-5)
+    assert found.makespan_s == pytest.approx(shortest, rel=5e-5)
 
 
 @settings(max_examples=40)

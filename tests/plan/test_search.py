@@ -14,10 +14,14 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import load
 from megatron_moe.config.rules import violations
 from megatron_moe.config.schema import Experiment
+from megatron_moe.plan.assembly import assemble
 from megatron_moe.plan.auto import placed
+from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.plan import make
+from megatron_moe.plan.search.estimate import Estimates
 from megatron_moe.plan.search.search import search
 from megatron_moe.plan.search.space import candidates, with_candidate
+from megatron_moe.plan.times.cluster import Cluster
 
 MODEL = {
     "num_layers": 6,
@@ -117,6 +121,25 @@ def test_microbatches_are_merged_where_the_layout_allows_it(tmp_path: Path) -> N
     with_it = [one for one in allowed if one.moe and one.moe.overlap_moe_expert_parallel_comm]
     assert with_it and len(with_it) < len(allowed)
     assert not any(violations(one) for one in with_it)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_what_layouts_share_is_what_each_costs_by_itself(overlapped: bool) -> None:
+    """A search counts a piece once for all layouts in which it is the same."""
+    moe = {
+        "num_moe_experts": 8,
+        "moe_ffn_hidden_size": 4096,
+        "moe_token_dispatcher_type": "alltoall",
+        "overlap_moe_expert_parallel_comm": overlapped,
+    }
+    experiment = searched(moe=moe)
+    cluster = Cluster.of(experiment)
+    shared = Estimates(experiment, cluster)
+    for candidate in candidates(experiment, 16, 8):
+        changed = with_candidate(experiment, candidate)
+        layout = Layout.of(changed)
+        alone = assemble(changed, layout, cluster, None)
+        assert shared.units(candidate, changed, layout) == alone, candidate
 
 
 @pytest.mark.parametrize(

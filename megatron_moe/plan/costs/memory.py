@@ -18,7 +18,7 @@ from megatron_moe.plan.costs.weights import on_a_rank, shared_word_embedding, we
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.units import Kind, StaticBytes
 
-__all__ = ["activations", "mtp_embedding", "shared_embedding", "static_bytes"]
+__all__ = ["activations", "shared_embedding", "static_bytes"]
 
 _ALIGNED = 64
 """Elements (`_ParamAndGradBuffer`, Megatron-Core 0.16.1 and 0.19.2)."""
@@ -39,14 +39,6 @@ def shared_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
         return StaticBytes(0, 0, 0)
     weights = [shared_word_embedding(experiment, padded_vocab_size(experiment))]
     return _bytes_of(weights, experiment, layout, "embedding")
-
-
-def mtp_embedding(experiment: Experiment, layout: Layout) -> StaticBytes:
-    """The copy of the embedding beside the multi-token-prediction layers, where these are not on the first
-    stage. A tied output layer there has another one (Megatron-Core 0.16.1 and 0.19.2)."""
-    if not experiment.model.mtp_num_layers:
-        return StaticBytes(0, 0, 0)
-    return static_bytes(experiment, layout, "embedding")
 
 
 def _bytes_of(weights: list[Weights], experiment: Experiment, layout: Layout, kind: Kind) -> StaticBytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_moe.plan.placement.rank_choices import RankChoice, RankChoices
@@ -81,8 +82,7 @@ class Candidates:
                 choice = self.choices.choice(
                     rank, [range(self.num_layers - count, layer + 1) for count in counts]
                 )
-                load = sum(cost.forward_s + cost.backward_s for cost in choice.costs)
-                values.append((choice.missing_bytes, load, rank))
+                values.append((choice.missing_bytes, choice.both_s, rank))
             rank = min(values)[-1]
             held[rank] = more[rank]
         return tuple(
@@ -98,6 +98,12 @@ class Candidates:
 
     def ranks(self, layers: Layers) -> list[RankChoice]:
         """The choice of each rank."""
+        if self.chunks == 1:
+            ends = list(accumulate(layers, initial=0))
+            return list(map(self.choices.of_stage, range(self.num_stages), ends, ends[1:]))
+        if self.choices.are_alike:
+            size = self.pipeline_size
+            return [self.choices.of_counts(rank, layers[rank::size]) for rank in range(size)]
         held, first = [], 0
         for count in layers:
             held.append(range(first, first + count))
@@ -118,15 +124,15 @@ class Candidates:
         """What one microbatch's recomputation takes, on all stages together."""
         return sum(cost.recompute_s for choice in self.ranks(layers) for cost in choice.costs)
 
-    def least_s(self, layers: Layers) -> float:
-        """The makespan at least: a rank runs its passes one after the other, behind the first microbatch's
-        forwards before it, and before the last one's backwards there."""
-        longest = before = 0.0
+    def may_take(self, layers: Layers, longest_s: float) -> bool:
+        """Whether a placement fits and may be no longer than that: a rank runs its passes one after the
+        other, behind the first microbatch's forwards before it, and before the last one's backwards there."""
+        before = 0.0
         for choice in self.ranks(layers):
-            load = sum(cost.forward_s + cost.backward_s for cost in choice.costs)
-            longest = max(longest, before + self.num_microbatches * load)
+            if choice.missing_bytes or before + self.num_microbatches * choice.both_s > longest_s:
+                return False
             before += choice.costs[0].forward_s + choice.costs[0].backward_s + 2 * self.transfer_s
-        return longest
+        return True
 
     def makespans(self, placements: Sequence[Layers]) -> Seconds:
         """Of each placement."""
@@ -145,7 +151,13 @@ class Candidates:
         forward, backward = self._seconds(placements)
         spans = makespans(self.schedule, forward, backward, self.pipeline_size, simulated, self.transfer_s)
         if simulated < self.num_microbatches:
-            spans = spans + (self.num_microbatches - simulated) * self._pace(forward + backward)
+            pace = self._pace(forward + backward)
+            if self.is_long and self.chunks > 1:
+                # Transfers may be what is waited for, round after round.
+                half = simulated // self.pipeline_size // 2 * self.pipeline_size
+                begun = makespans(self.schedule, forward, backward, self.pipeline_size, half, self.transfer_s)
+                pace = (spans - begun) / (simulated - half)
+            spans = spans + (self.num_microbatches - simulated) * pace
         return spans
 
     def _pace(self, both: Seconds) -> Seconds:

@@ -39,18 +39,30 @@ class NothingFits(InputError):
         self.recompute = None if recompute is None else tuple(recompute)
 
 
-def fitting(candidates: Candidates) -> Layers:
-    """A placement that fits, else that in which the fullest rank lacks least (VPP above 1: about least)."""
-    starts = [candidates.balanced(), candidates.even()]
-    found = [least_missing(candidates, start) for start in starts]
-    fits = [layers for layers in found if not any(candidates.missing(layers))]
+def fitting(candidates: Candidates) -> Layers | None:
+    """A placement that fits (VPP above 1: not every one that does is found)."""
+    fits = [layers for layers in _near(candidates) if not any(candidates.missing(layers))]
     if fits:
         return min(fits, key=lambda layers: float(candidates.estimates([layers])[0]))
-    if candidates.chunks > 1:
-        if _number(candidates) <= _TRIED:
-            found = list(_all_of(candidates, ()))
-        return min(found, key=lambda layers: max(candidates.missing(layers)))
-    return _least_on_fullest(candidates)
+    if candidates.chunks == 1:
+        return _any_that_fits(candidates)
+    if _number(candidates) > _TRIED:
+        return None
+    return next((layers for layers in _all_of(candidates, ()) if not any(candidates.missing(layers))), None)
+
+
+def least_lacking(candidates: Candidates) -> Layers:
+    """Where none fits, that in which the fullest rank lacks least (VPP above 1: about least)."""
+    if candidates.chunks == 1:
+        return _least_on_fullest(candidates)
+    tried = _number(candidates) <= _TRIED
+    found = list(_all_of(candidates, ())) if tried else _near(candidates)
+    return min(found, key=lambda layers: max(candidates.missing(layers)))
+
+
+def _near(candidates: Candidates) -> list[Layers]:
+    """Those that small changes lead to."""
+    return [least_missing(candidates, start) for start in (candidates.balanced(), candidates.even())]
 
 
 def _number(candidates: Candidates) -> int:
@@ -71,6 +83,25 @@ def _all_of(candidates: Candidates, placed: Layers) -> Iterator[Layers]:
         yield from _all_of(candidates, (*placed, count))
 
 
+def _any_that_fits(candidates: Candidates) -> Layers | None:
+    """By dynamic programming from the last stage, on each of which as few layers as do."""
+    num_layers, last = candidates.num_layers, candidates.num_stages - 1
+    reach = [sum(map(candidates.least_of, range(stage))) for stage in range(last + 2)]
+    behind: dict[int, Layers] = {num_layers: ()}
+    for stage in range(last, -1, -1):
+        here: dict[int, Layers] = {}
+        for first in range(reach[stage], num_layers + 1) if stage else (0,):
+            for end in range(first + candidates.least_of(stage), num_layers + 1):
+                if end not in behind:
+                    continue
+                # More layers than the first that lead on need more memory.
+                if not candidates.choices.of_stage(stage, first, end).missing_bytes:
+                    here[first] = (end - first, *behind[end])
+                break
+        behind = here
+    return behind.get(0)
+
+
 def _least_on_fullest(candidates: Candidates) -> Layers:
     """By dynamic programming from the last stage: the least that the fullest of it and those behind lacks."""
     num_layers, last = candidates.num_layers, candidates.num_stages - 1
@@ -80,7 +111,7 @@ def _least_on_fullest(candidates: Candidates) -> Layers:
         here: dict[int, tuple[float, Layers]] = {}
         for first in range(reach[stage], num_layers + 1) if stage else (0,):
             ways = [
-                (max(candidates.choices.choice(stage, [range(first, end)]).missing_bytes, lacks), end, layers)
+                (max(candidates.choices.of_stage(stage, first, end).missing_bytes, lacks), end, layers)
                 for end, (lacks, layers) in behind.items()
                 if end - first >= candidates.least_of(stage)
             ]

@@ -38,17 +38,21 @@ class LoadBounds:
         size = self._candidates.pipeline_size
         return [sum(self.beside_s[rank::size]) for rank in range(size)]
 
-    def of_rank(self, placed: Layers, loads: Sequence[float], rank: int) -> float:
+    def of_rank(self, before: Sequence[float], loads: Sequence[float], rank: int) -> float:
         """For one rank with that load.
+
+        Args:
+            before: of the layers of the first stages, by `before`.
+        """
+        return before[rank] + self._candidates.num_microbatches * loads[rank]
+
+    def of_all(self, placed: Layers, before: Sequence[float], loads: Sequence[float]) -> float:
+        """For the slowest rank, and for all of them on average with the layers that are left.
 
         Args:
             placed: layers of the first stages.
         """
-        return self._before(placed)[rank] + self._candidates.num_microbatches * loads[rank]
-
-    def of_all(self, placed: Layers, loads: Sequence[float]) -> float:
-        """For the slowest rank, and for all of them on average with the layers that are left."""
-        before, count = self._before(placed), self._candidates.num_microbatches
+        count = self._candidates.num_microbatches
         slowest = max(start + count * load for start, load in zip(before, loads, strict=True))
         left = self.layers_s(sum(placed), self._candidates.num_layers)
         return max(slowest, (sum(before) + count * (sum(loads) + left)) / len(loads))
@@ -62,7 +66,7 @@ class LoadBounds:
             sum(candidates.least_of(stage) for stage in range(rank, candidates.num_stages, len(ranks)))
             for rank in ranks
         ]
-        before = self._before(tuple(candidates.least_of(rank) for rank in ranks), min(self._layer_s))
+        before = self.before(tuple(candidates.least_of(rank) for rank in ranks), min(self._layer_s))
         values = [
             [before[rank] + candidates.num_microbatches * load for load in self._loads(rank, least[rank])]
             for rank in ranks
@@ -88,14 +92,10 @@ class LoadBounds:
             self._candidates.choices.choice(rank, [range(one), range(count - one)])
             for one in range(count + 1)
         )
-        loads = (
-            sum(cost.forward_s + cost.backward_s for cost in choice.costs)
-            for choice in choices
-            if not choice.missing_bytes
-        )
+        loads = (choice.both_s for choice in choices if not choice.missing_bytes)
         return min(loads, default=float("inf"))
 
-    def _before(self, placed: Layers, layer_s: float | None = None) -> list[float]:
+    def before(self, placed: Layers, layer_s: float | None = None) -> list[float]:
         """For each rank, what passes before its first one and behind its last one take at least.
 
         Args:

@@ -24,7 +24,7 @@ def fastest_interleaved(candidates: Candidates, known: Layers) -> tuple[Layers, 
     """
     best, shortest = known, float(candidates.makespans([known])[0])
     bounds = LoadBounds(candidates)
-    bound = max(bounds.of_all((), bounds.empty_loads()), bounds.whole_layers())
+    bound = max(bounds.of_all((), bounds.before(()), bounds.empty_loads()), bounds.whole_layers())
     if bound >= shortest * (1 - TIE):
         return best, shortest
     search = _Enumeration(candidates, bounds, shortest)
@@ -76,10 +76,11 @@ class _Enumeration:
             more = self._bounds.layers_s(first, first + count)
             now = [*loads[:rank], loads[rank] + more, *loads[rank + 1 :]]
             here = (*placed, count)
+            before = self._bounds.before(here)
             # With more layers the rank is slower yet; of all ranks together that need not be so.
-            if self._bounds.of_rank(here, now, rank) >= self.limit * (1 - TIE):
+            if self._bounds.of_rank(before, now, rank) >= self.limit * (1 - TIE):
                 return
-            if self._bounds.of_all(here, now) >= self.limit * (1 - TIE):
+            if self._bounds.of_all(here, before, now) >= self.limit * (1 - TIE):
                 continue
             if stage < last:
                 yield from self._from(here, first + count, now)

@@ -10,12 +10,14 @@ _EFFORT = 500_000
 
 def least_missing(candidates: Candidates, start: Layers) -> Layers:
     """A placement that fits, or one to whose neighbours ranks lack as many bytes together or more."""
-    best, least = start, sum(candidates.missing(start))
+
+    def lacking(layers: Layers) -> float:
+        return sum([choice.missing_bytes for choice in candidates.ranks(layers)])
+
+    best, least = start, lacking(start)
     while least:
-        found = min(
-            candidates.neighbours(best), key=lambda other: sum(candidates.missing(other)), default=best
-        )
-        if (now := sum(candidates.missing(found))) >= least:
+        found = min(candidates.neighbours(best), key=lacking, default=best)
+        if (now := lacking(found)) >= least:
             break
         best, least = found, now
     return best
@@ -33,11 +35,8 @@ def improve(candidates: Candidates, start: Layers) -> Layers:
 
     best, value = start, rank(start, float(candidates.estimates([start])[0]))
     for _ in range(1 + _EFFORT // candidates.num_stages**3):
-        others = [
-            other
-            for other in candidates.neighbours(best)
-            if not any(candidates.missing(other)) and candidates.least_s(other) <= value[0] * (1 + TIE)
-        ]
+        longest_s = value[0] * (1 + TIE)
+        others = [other for other in candidates.neighbours(best) if candidates.may_take(other, longest_s)]
         if not others:
             return best
         spans = candidates.estimates(others).tolist()

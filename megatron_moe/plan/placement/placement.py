@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_moe.plan.placement.candidates import TIE, Candidates, Layers
 from megatron_moe.plan.placement.exact_search import fastest
-from megatron_moe.plan.placement.fitting import NothingFits, fitting, nothing_fits
+from megatron_moe.plan.placement.fitting import NothingFits, fitting, least_lacking, nothing_fits
 from megatron_moe.plan.placement.interleaved_bounds import LoadBounds
 from megatron_moe.plan.placement.interleaved_search import fastest_interleaved
 from megatron_moe.plan.placement.local_search import improve
@@ -66,7 +66,7 @@ def place(
         prove: search until nothing can be faster, or until the time for it is over; False: be content with
             what small changes don't make faster, for a search over many layouts.
 
-    Raises NothingFits, with what is missing and what would do.
+    Raises NothingFits, where it is to prove with what is missing and what would do.
     """
     choices = RankChoices(
         units,
@@ -80,6 +80,9 @@ def place(
     )
     candidates = Candidates(choices, num_microbatches)
     start = fitting(candidates) if fixed_layers is None else tuple(fixed_layers)
+    if start is None and not prove:
+        raise NothingFits("no placement fits the memory")
+    start = least_lacking(candidates) if start is None else start
     if any(candidates.missing(start)):
         raise nothing_fits(candidates, start, has_fixed_layers=fixed_layers is not None)
     best, bound = start, None
@@ -115,7 +118,7 @@ def _least_s(candidates: Candidates) -> float:
     """A bound of the makespan without a search."""
     bounds = LoadBounds(candidates)
     loads, count = bounds.empty_loads(), candidates.num_microbatches
-    mean = bounds.of_all((), loads)
+    mean = bounds.of_all((), bounds.before(()), loads)
     if candidates.chunks > 1:
         return mean
     # Each rank runs all its passes behind the first microbatch's forwards before it, and before the last

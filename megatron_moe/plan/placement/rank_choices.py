@@ -24,6 +24,8 @@ class RankChoice:
     """Of each chunk."""
     missing_bytes: float
     """What it needs beyond the memory; 0 where it fits."""
+    both_s: float
+    """Forward and backward of a microbatch through all chunks."""
 
 
 class RankChoices:
@@ -65,6 +67,10 @@ class RankChoices:
         self._kinds = bytes(known.index(layer) for layer in units.layers)
         self._costs: dict[tuple[bytes, int, bool, bool, bool], StageCost] = {}
         self._choices: dict[tuple[int, tuple[bytes, ...]], RankChoice] = {}
+        self._of_stage: dict[tuple[int, int, int], RankChoice] = {}
+        self._of_counts: dict[tuple[int, tuple[int, ...]], RankChoice] = {}
+        self.are_alike = len(known) == 1
+        """Whether all layers cost the same, so that their numbers do not matter."""
 
     def choice(self, rank: int, held: Sequence[range]) -> RankChoice:
         """The least recompute count with which the rank fits, else the one with which least is missing.
@@ -78,6 +84,22 @@ class RankChoices:
         if key not in self._choices:
             self._choices[key] = self._find(rank, held)
         return self._choices[key]
+
+    def of_stage(self, stage: int, first: int, behind: int) -> RankChoice:
+        """`choice` of a rank with one chunk, by the first layer and that of the next stage."""
+        key = (stage, first, behind)
+        found = self._of_stage.get(key)
+        if found is None:
+            found = self._of_stage[key] = self.choice(stage, [range(first, behind)])
+        return found
+
+    def of_counts(self, rank: int, counts: tuple[int, ...]) -> RankChoice:
+        """`choice` where layers are alike, by how many of them each chunk holds."""
+        key = (rank, counts)
+        found = self._of_counts.get(key)
+        if found is None:
+            found = self._of_counts[key] = self.choice(rank, [range(count) for count in counts])
+        return found
 
     def with_free_recompute(self) -> RankChoices:
         """The same with the recompute counts free."""
@@ -119,17 +141,19 @@ class RankChoices:
         costs = tuple(
             self._cost(chunk * self.pipeline_size + rank, layers, count) for chunk, layers in enumerate(held)
         )
+        both_s = sum(cost.forward_s + cost.backward_s for cost in costs)
         astray = 0
         if self.units.mtp is not None and rank > self._mtp_stage % self.pipeline_size:
             astray = len(held[-1])
         if self._memory_bytes is None:
-            return RankChoice(count, costs, astray * _BEHIND_MTP)
+            return RankChoice(count, costs, astray * _BEHIND_MTP, both_s)
         kept = max(
             sum(number * cost.kept_bytes for number, cost in zip(moment, costs, strict=True))
             for moment in self._in_flight[rank]
         )
         needed = sum(cost.memory.total for cost in costs) + kept + max(cost.working_bytes for cost in costs)
-        return RankChoice(count, costs, max(0.0, needed - self._memory_bytes) + astray * _BEHIND_MTP)
+        missing = max(0.0, needed - self._memory_bytes) + astray * _BEHIND_MTP
+        return RankChoice(count, costs, missing, both_s)
 
     def _cost(self, stage: int, layers: range, count: int) -> StageCost:
         ends = (stage == 0, stage == self.num_stages - 1, stage == self._mtp_stage)

@@ -57,7 +57,7 @@ def options_of(candidates: Candidates, slowest_s: float) -> list[StageOptions]:
         found = []
         for first in sorted(reached):
             for following in range(first + candidates.least_of(stage), num_layers + 1):
-                choice = candidates.choices.choice(stage, [range(first, following)])
+                choice = candidates.choices.of_stage(stage, first, following)
                 cost = choice.costs[0]
                 if cost.forward_s + cost.backward_s - cost.recompute_s > slowest_s:
                     break

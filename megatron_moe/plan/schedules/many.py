@@ -8,15 +8,20 @@ numbers here, one for each placement.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from megatron_moe.plan.schedules.orders import Kind, ScheduleName, order_of
+from megatron_moe.plan.schedules.orders import Kind, Op, ScheduleName, order_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Seconds = NDArray[np.float64]
+
+
+_REMEMBERED = 10_000
+"""Forward passes of schedules whose orders are remembered: a few megabytes each."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,16 @@ class _Beyond:
         return longest
 
 
+def _orders(
+    name: ScheduleName, known_ranks: int, pipeline_size: int, chunks: int, num_microbatches: int
+) -> list[list[Op]]:
+    """What each of the first ranks runs."""
+    return [order_of(name, rank, pipeline_size, chunks, num_microbatches) for rank in range(known_ranks)]
+
+
+_known_orders = lru_cache(maxsize=32)(_orders)
+
+
 def _any_order(
     name: ScheduleName,
     forward_s: Seconds,
@@ -228,7 +243,10 @@ def _any_order(
     known_ranks = pipeline_size if rest is None else num_stages
     seconds: dict[Kind, Seconds] = {"F": forward_s, "B": backward_s}
     chunks = num_stages // known_ranks
-    orders = [order_of(name, rank, pipeline_size, chunks, num_microbatches) for rank in range(known_ranks)]
+    is_short = num_stages * num_microbatches <= _REMEMBERED
+    orders = (_known_orders if is_short else _orders)(
+        name, known_ranks, pipeline_size, chunks, num_microbatches
+    )
     following = [0] * known_ranks
     free = np.zeros((known_ranks, width))
     arrived: dict[tuple[Kind, int, int], Seconds] = {}

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.assembly import assemble
+from megatron_moe.plan.assembly import Running, assemble
 from megatron_moe.plan.layout import Layout
 from megatron_moe.plan.search.space import Candidate, with_candidate
 from megatron_moe.plan.times import timing
 from megatron_moe.plan.times.cluster import Cluster
-from megatron_moe.plan.units import LAYERS, Unit, Units, pieces_of
+from megatron_moe.plan.units import LAYERS, Kind, StaticBytes, Unit, Units, pieces_of
 
 _EXACT = 1e-4
 """To which part an estimate at second sight is found."""
@@ -71,6 +71,8 @@ class Estimates:
     def __init__(self, experiment: Experiment, cluster: Cluster) -> None:
         self._experiment, self._cluster = experiment, cluster
         self._models: dict[Candidate, _Model] = {}
+        self._memories: dict[tuple[int, ...], dict[Kind, StaticBytes]] = {}
+        self._running: dict[tuple[object, ...], Running] = {}
 
     def at_first_sight(self, candidate: Candidate) -> Estimate:
         """By the mean rank's memory."""
@@ -130,16 +132,16 @@ class Estimates:
     def _summed(self, candidate: Candidate) -> _Model:
         changed = with_candidate(self._experiment, candidate)
         layout = Layout.of(changed)
-        units = assemble(changed, layout, self._cluster, None)
+        units = self.units(candidate, changed, layout)
         pieces, layers = pieces_of(units), units.layers
         return _Model(
             layers=len(layers),
-            layer_s=fmean(map(_seconds, layers)),
-            again_s=fmean(unit.times.recompute_s for unit in layers),
-            layer_bytes=fmean(unit.memory.total for unit in layers),
-            kept_by_layer=fmean(unit.activations.kept for unit in layers),
+            layer_s=fmean(list(map(_seconds, layers))),
+            again_s=fmean([unit.times.recompute_s for unit in layers]),
+            layer_bytes=fmean([unit.memory.total for unit in layers]),
+            kept_by_layer=fmean([unit.activations.kept for unit in layers]),
             saved_by_layer=fmean(
-                unit.activations.kept - unit.activations.kept_if_recomputed for unit in layers
+                [unit.activations.kept - unit.activations.kept_if_recomputed for unit in layers]
             ),
             first_s=_seconds(units.embedding),
             last_s=_seconds(units.head) + (_seconds(units.mtp) if units.mtp else 0.0),
@@ -155,6 +157,23 @@ class Estimates:
             ),
             transfer_s=units.transfer_s,
             after_s=self._after_s(changed, layout, units),
+        )
+
+    def units(self, candidate: Candidate, changed: Experiment, layout: Layout) -> Units:
+        """What a rank holds of a piece follows from TP, EP, ETP and the replicas, that is PP; what it takes
+        to run it from TP, CP, EP, ETP, the microbatch, what is computed again, and whether batches may
+        overlap."""
+        c = candidate
+        held = (c.tensor, c.expert, c.expert_tensor, c.pipeline)
+        may_overlap = c.pipeline == 1 or c.chunks > 1
+        run = (c.tensor, c.context, c.expert, c.expert_tensor, c.micro_batch_size, c.recompute, may_overlap)
+        return assemble(
+            changed,
+            layout,
+            self._cluster,
+            None,
+            self._memories.setdefault(held, {}),
+            self._running.setdefault(run, {}),
         )
 
     def _after_s(self, experiment: Experiment, layout: Layout, units: Units) -> float:
