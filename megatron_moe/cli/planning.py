@@ -105,8 +105,12 @@ def add_profile(commands: Commands) -> None:
 def _plan(args: argparse.Namespace) -> int:
     from megatron_moe.config.loading import load
     from megatron_moe.plan.show.command import run
+    from megatron_moe.plan.show.output_file import check_output
 
     _refuse_mixed(args)
+    for name in ("plot", "trace", "overlay"):
+        if path := getattr(args, name):
+            check_output(f"--{name}", path, args.config)
     if args.inference:
         return _plan_inference(args)
     if args.search:
@@ -168,5 +172,8 @@ def _refuse_mixed(args: argparse.Namespace) -> None:
 
 def _profile(args: argparse.Namespace) -> int:
     from megatron_moe.launch.profile_command import profile
+    from megatron_moe.plan.show.output_file import check_output
 
+    if args.output:
+        check_output("--output", args.output, args.config, makes_folder=True)
     return profile(args.config, args.overrides, args.output)

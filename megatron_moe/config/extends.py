@@ -4,6 +4,7 @@ by the later."""
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,24 @@ def read_text(path: str) -> str:
 def read_with_bases(path: str, text: str) -> Tree:
     """The merged tree of `text`, the content of `path`, over the files that its `extends` names."""
     return _read(path, text, ())
+
+
+def files_of(path: str) -> list[str]:
+    """The file, and all that it extends and can be read. Raises ConfigError where itself cannot be."""
+    found: list[str] = []
+
+    def follow(file: str, text: str) -> None:
+        found.append(file)
+        own = parse(text, file)
+        for name in _names(own.values.get("extends"), file, own):
+            base = os.path.join(os.path.dirname(file), os.path.expanduser(name))
+            if any(os.path.realpath(base) == os.path.realpath(other) for other in found):
+                continue
+            with suppress(ConfigError):
+                follow(base, read_text(base))
+
+    follow(path, read_text(path))
+    return found
 
 
 def _read(path: str, text: str, above: tuple[str, ...]) -> Tree:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_moe.config.errors import InputError, not_written
+from megatron_moe.config.errors import not_written
 from megatron_moe.config.loading import Loaded
 from megatron_moe.config.schema import Experiment
 from megatron_moe.plan.costs.parameters import FORMULA
@@ -34,8 +34,6 @@ def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | 
 
     Raises InputError.
     """
-    if overlay is not None and overlay.resolve() == config.resolve():
-        raise InputError(f"--overlay {overlay} is the experiment that it would extend: name another file")
     found = search(loaded.experiment, gpus)
     text = overlay_of(found.best[0], loaded.experiment)
     if overlay is not None:
