@@ -10,9 +10,9 @@ from megatron_moe.config.schema import Experiment, Logging
 from megatron_moe.config.schema.data import Data
 
 LAYERS_ON_HOST, LAYERS_ON_GPU = 4, 2
-"""Of each kind. On a host the layer that follows the output layer, or a wait, finds its caches full of other
-things and takes up to an eighth longer: of two layers it would be too large a part. A GPU's memory must hold
-them, and there it was not measured."""
+"""Of each kind. On a host the layer that follows the output layer, or a wait, takes longer than the others,
+likely because caches are cold: of two layers it would be too large a part. A GPU's memory must hold them, and
+there it was not measured."""
 MICROBATCHES = 4
 
 
