@@ -228,6 +228,13 @@ def test_what_is_missing_and_what_would_do_is_said() -> None:
     assert error.value.pipeline_size == 4 and error.value.recompute is None
 
 
+@pytest.mark.parametrize(("dense", "named"), [(8, "raise TP, or"), (2, "raise TP or EP, or")])
+def test_where_nothing_would_do_only_ranks_that_help_are_named(dense: int, named: str) -> None:
+    """A dense model has no experts to spread."""
+    with pytest.raises(NothingFits, match=named):
+        placed(request_of(8, 2, 8, dense=dense, memory_bytes=0.5))
+
+
 def test_a_placement_is_the_same_each_time() -> None:
     """Ties are broken alike: more even, less recomputation."""
     request = request_of(52, 16, 64, transfer_s=0.02)

@@ -132,7 +132,8 @@ def nothing_fits(candidates: Candidates, nearest: Layers, *, has_fixed_layers: b
     would_do = [] if pipeline_size is None else [f"PP={pipeline_size} (with as many replicas)"]
     if recompute is not None:
         would_do.append(f"recompute of {plural(recompute[fullest], 'layer')} there")
-    ends = " or ".join(would_do) + " would do" if would_do else "raise TP or EP, or lower micro_batch_size"
+    raised = "TP or EP" if any(layer.kind == "moe" for layer in candidates.choices.units.layers) else "TP"
+    ends = " or ".join(would_do) + " would do" if would_do else f"raise {raised}, or lower micro_batch_size"
     return NothingFits(
         f"launch.cluster.memory_gib: the model needs {memory(missing[fullest])} more on {where}; {ends}",
         missing_bytes=missing,
