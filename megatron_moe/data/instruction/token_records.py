@@ -87,7 +87,7 @@ def write_records(
         inputs: complete once `parts` ends.
     """
     counts = np.zeros(vocab_size, np.int64)
-    digest = hashlib.sha256()
+    digests = [hashlib.sha256() for _ in range(3)]
     bad_records, first_bad = 0, list[str]()
     writer = TokenWriter(folder / _NAME, dtype)
     with (folder / _TARGETS).open("wb") as targets, (folder / _ORIGINS).open("wb") as origins:
@@ -98,7 +98,7 @@ def write_records(
                 learned[np.cumsum(part.lengths) - part.lengths] = False
                 targets.write(learned.tobytes())
                 origins.write(np.stack([np.full_like(part.numbers, file), part.numbers], 1).tobytes())
-                for array in (part.tokens, learned, part.lengths):
+                for digest, array in zip(digests, (part.tokens, learned, part.lengths), strict=True):
                     digest.update(array.tobytes())
                 counts += np.bincount(part.tokens[learned], minlength=vocab_size)
                 bad_records += part.bad_records
@@ -118,7 +118,7 @@ def write_records(
         tokens=tokens,
         targets=int(counts.sum()),
         target_entropy_nats=entropy_nats(counts),
-        content_sha256=digest.hexdigest(),
+        content_sha256=hashlib.sha256(b"".join(digest.digest() for digest in digests)).hexdigest(),
         inputs=inputs,
     )
     with (folder / _MANIFEST).open("wb") as stream:
