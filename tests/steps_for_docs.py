@@ -46,7 +46,7 @@ def written_keys(folder: Path) -> set[str]:
             },
             moe=MOE | {"moe_eval_capacity_factor": 2.0} | (LOSSES if number else {}),
             optimizer={"lr": 1e-2, "decoupled_lr": 1e-3, "expert_lr": 1e-3},
-            logging={"root": str(folder / "runs"), "detail_interval": 1},
+            logging={"root": str(folder / "runs"), "detail_interval": 1, "expert_similarity": True},
             data={"tokenizer": {"kind": "bytes"}, **sources},
         )
         trainer = start(tiny, plan.make(tiny), folder)
