@@ -87,4 +87,4 @@ def validation_said_once(e: Experiment) -> Problems:
     i, default = e.data.instruction, Data.model_fields["split"].default
     if i is not None and i.validation is not None and e.data.split != default:
         keys = ("data.split", f"{_SECTION}.validation")
-        yield Problem(keys, f"is not read where {keys[1]} is set", "keep one of the two")
+        yield Problem(keys, f"is not read where {keys[1]} is set", "leave one of the two out")

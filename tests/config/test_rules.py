@@ -13,6 +13,7 @@ from device_rule_cases import DEVICE_CASES
 from dispatch_rule_cases import DISPATCH_CASES
 from experiment_files import DENSE, MOE, problems
 from finetuning_rule_cases import FINETUNING_CASES
+from instruction_rule_cases import INSTRUCTION_CASES
 from loss_rule_cases import LOSS_CASES
 from mtp_rule_cases import MTP_CASES
 from optimizer_rule_cases import OPTIMIZER_CASES
@@ -378,6 +379,7 @@ CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     *TOKENIZER_CASES,
     *DEVICE_CASES,
     *DISPATCH_CASES,
+    *INSTRUCTION_CASES,
     *OVERLAP_CASES,
     *POSITION_CASES,
     *RECOMPUTE_CASES,
