@@ -144,8 +144,8 @@ class Generator:
                 raise InputError(f"prompt {number}: has no tokens; give it at least one")
             if len(prompt) + room > most:
                 raise InputError(
-                    f"prompt {number}: has {len(prompt)} tokens, and model.max_position_embeddings is {most}: "
-                    f"shorten it to at most {most - room}"
+                    f"prompt {number}: has {len(prompt)} tokens, and model.max_position_embeddings is "
+                    f"{most}: shorten it to at most {most - room}"
                 )
 
     def _rounds(self, run: Run) -> Iterator[list[Token]]:

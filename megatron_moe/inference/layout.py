@@ -14,8 +14,9 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.keys import leaves
 from megatron_moe.config.origin import Origin, Problem, dotted
 from megatron_moe.config.rule import CP, DP, EP, ETP, PP, TP, VPP, Problems, set_value
-from megatron_moe.config.schema import Experiment, Recompute
+from megatron_moe.config.schema import Experiment, Pipeline, Recompute
 from megatron_moe.config.yaml_tree import Tree
+from megatron_moe.plan.inference import dealt
 
 KEYS = (TP, PP, EP, ETP, DP, "pipeline.layers_per_stage")
 """What may be set."""
@@ -49,7 +50,7 @@ def inference_experiment(experiment: Experiment, overrides: Sequence[str] = ()) 
     checked = check(values, tree.origins, "")
     if checked.problems:
         raise ConfigError(*checked.problems)
-    result = fill(_without_training(checked.experiment))
+    result = fill(_without_training(fill(_split(checked.experiment))))
     origins = {dotted(path): origin for path, origin in tree.origins.items()}
     shown = dict(leaves(result))
     found = [problem.render(shown, origins) for rule in _RULES for problem in rule(result)]
@@ -69,6 +70,15 @@ def _refused(tree: Tree) -> Iterator[str]:
         yield f"override {key}: is not for inference; {reason}"
 
 
+def _split(experiment: Experiment) -> Experiment:
+    """Where nothing is said of layers, the first stages have one more where they do not come out even."""
+    stages, layers = experiment.parallel.pipeline_model_parallel_size, experiment.model.num_layers
+    if experiment.pipeline.layers_per_stage is not None or stages > layers:
+        return experiment
+    counts = [count for _, count in dealt(layers, stages)]
+    return experiment.model_copy(update={"pipeline": Pipeline(layers_per_stage=counts)})
+
+
 def _without_training(experiment: Experiment) -> Experiment:
     model, ranks = experiment.model, experiment.parallel.tensor_model_parallel_size
     changes: dict[str, Any] = {
@@ -83,7 +93,14 @@ def _without_training(experiment: Experiment) -> Experiment:
             }
         ),
         "training": experiment.training.model_copy(
-            update={"fp8": None, "gradient_accumulation_fusion": False}
+            update={
+                "fp8": None,
+                "gradient_accumulation_fusion": False,
+                # One sequence a replica, as far as plans ask for it.
+                "micro_batch_size": 1,
+                "global_batch_size": experiment.parallel.data_parallel_size,
+                "rampup_batch_size": None,
+            }
         ),
     }
     if experiment.moe is not None:

@@ -28,7 +28,7 @@ def outputs(
     loss_of(logits, tokens).backward()
     for weight in chunk.parameters():
         weight.main_grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    return logits.detach(), _by_name(sharded_gradients([chunk]))
+    return logits.detach(), by_name(sharded_gradients([chunk]))
 
 
 def further_losses(experiment: Experiment, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _model(experiment: Experiment, weights: dict[str, Tensor]) -> Any:
     return chunk
 
 
-def _by_name(shards: list[Any]) -> dict[str, Tensor]:
+def by_name(shards: list[Any]) -> dict[str, Tensor]:
     """The matrices of one rank that has all of them."""
     stacks: dict[str, Tensor] = {}
     for shard in shards:
