@@ -61,7 +61,7 @@ def with_sequential_experts() -> Any:
     """Megatron-Core's own experts in our layers, while the context holds."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    def stock(moe: Any) -> Any:
+    def stock(moe: Any, lora: Any) -> Any:
         theirs = get_gpt_layer_local_spec(num_experts=moe.num_moe_experts, normalization="RMSNorm")
         return moe_submodules(theirs.submodules.mlp).experts
 

@@ -55,6 +55,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         layout(tp=2, expert_model_parallel_size=1, expert_tensor_parallel_size=2),
         {"model": {"mlp_bias": True, "qkv_bias": True, "attention_output_bias": True}},
     ),
+    "TP2, norms of all heads": (
+        layout(tp=2),
+        {"model": {"qk_norm": "all_heads", "attention_output_bias": True}},
+    ),
+    "TP2, sinks, router biases": (
+        layout(tp=2),
+        {
+            "model": {"attention_sinks": True, "activation": "clamped_swiglu", "mlp_bias": True},
+            "moe": MOE | {"moe_router_bias": True, "moe_layer_freq": 2},
+        },
+    ),
     "TP2 one key head": (layout(tp=2), {"model": {"num_query_groups": 1, "kv_channels": 12}}),
     "PP2 embedding alone": (layout(pp=2), {"pipeline": {"layers_per_stage": "E|t*4,L"}}),
     "TP2 dense": (layout(tp=2), {"moe": None}),
