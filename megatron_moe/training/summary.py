@@ -13,6 +13,7 @@ from megatron_moe.engine.fast_paths import said_at_start
 from megatron_moe.engine.machine import look
 from megatron_moe.plan.batch_ramp import ramp_steps
 from megatron_moe.plan.plan import Plan
+from megatron_moe.plan.profile import not_taken
 from megatron_moe.plan.wording import count, plural, size
 from megatron_moe.training.callbacks.curves import CURVES
 from megatron_moe.training.terminal import say
@@ -34,6 +35,8 @@ def say_beginning(trainer: Trainer, resumed_from: Path | None, log: Path) -> Non
         lines.append(taken)
     if missing := said_at_start(look()):
         lines.append(missing)
+    if passed_over := not_taken(trainer.experiment):
+        lines.append(passed_over)
     lines += trainer.datasets.said
     training = trainer.experiment.training
     steps = ramp_steps(training)
