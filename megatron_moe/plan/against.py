@@ -219,6 +219,8 @@ def _named(plan: Plan) -> dict[str, object]:
     layout = plan.layout
     return {
         "parameters": f"{plan.parameters.total:,}",
+        # What else the shapes of a microbatch change.
+        "FLOPs a token": f"{plan.flops_per_token:,.0f}",
         "TP": layout.tensor_model_parallel_size,
         "PP": layout.pipeline_model_parallel_size,
         "VPP": layout.virtual_pipeline_model_parallel_size,

@@ -104,6 +104,7 @@ def test_another_layout_or_split_is_refused_by_name(made, tmp_path):
         ({"parallel": layout(pp=1)}, "PP 2 (here 1)"),
         ({"parallel": layout(pp=2), "pipeline": {"layers_per_stage": [3, 1]}}, "[2, 2] (here [3, 1])"),
         ({"parallel": layout(pp=2), "model": {"hidden_size": 64}}, "parameters "),
+        ({"parallel": layout(pp=2), "training": {"seq_length": 64}}, "FLOPs a token "),
     ):
         with pytest.raises(InputError) as error:
             against.run(SimpleNamespace(experiment=experiment(**more)), folder)
