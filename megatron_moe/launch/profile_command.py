@@ -102,9 +102,8 @@ def _print(found: Profile, path: Path) -> None:
             *(f"{size / _MEBI:,.1f} MiB" for size in sizes),
         )
     console = Console(highlight=False)
-    console.width = max(console.width, 100)
-    title = f"\n[bold]One microbatch in one piece on one rank[/], from {found.source}"
-    console.print(title, soft_wrap=True)
+    console.width = max(console.width, 98)
+    console.print(f"\n[bold]One microbatch in one piece on one rank[/], from {found.source}")
     console.print(table)
     console.print(
         f"Updating {found.optimizer_parameters:,} parameters takes {1000 * found.optimizer_s:.1f} ms. "

@@ -168,3 +168,17 @@ def test_searching_imports_no_torch() -> None:
 
     code = "import sys, megatron_moe.plan.show.search_command; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_table_is_narrower_than_100_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every column there is."""
+    monkeypatch.setenv("COLUMNS", "200")
+    config = tmp_path / "searched.yaml"
+    config.write_text(CONFIG.replace("seq_length: 4096", "seq_length: 32768"))
+    assert cli.main(["plan", str(config), "--search", "--gpus", "32"]) == 0
+    text = capsys.readouterr().out
+    table = text.split("what it waits for")[1].split("The first one takes")[0].splitlines()
+    assert max(map(len, table)) < 100
+    assert "…" not in text

@@ -22,7 +22,7 @@ from megatron_moe.plan.wording import count, duration, percent, plural
 
 _GIB = 2.0**30
 _SAID_REASONS = 2
-_LEAST_WIDTH = 110
+_WIDTH = 98
 
 
 def run(loaded: Loaded, config: Path, gpus: int, as_json: bool, overlay: Path | None) -> None:
@@ -136,7 +136,7 @@ def _print_found(console: Console, name: str, found: Search, gpus: int) -> None:
         if set(columns[title]) == {""}:
             del columns[title]
     print_table(
-        Console(highlight=False, width=max(console.width, _LEAST_WIDTH)),
+        Console(highlight=False, width=_WIDTH),
         columns,
         left=["re-\ncomputed", "dispatcher", "what it waits for"],
         folded=["what it waits for"],
