@@ -30,14 +30,17 @@ NAMES = {
 
 
 def written_keys(folder: Path) -> set[str]:
-    """Every key of the metrics.jsonl of runs, over one text and over two, whose last step cannot update the
-    weights."""
+    """Every key of the metrics.jsonl of runs, over one text, over two and over records, whose last step
+    cannot update the weights."""
     (folder / "text.txt").write_text("".join(f"line {number}\n" for number in range(500)))
     prepare = {"prepare": {"input": [str(folder / "text.txt")], "documents": "line"}}
     written: set[str] = set()
-    for number, sources in enumerate((prepare, {"blend": {"one": prepare, "other": prepare}})):
+    record = json.dumps({"question": "x", "answer": "y"})
+    (folder / "records.jsonl").write_text(f"{record}\n" * 100)
+    records = {"kind": "instruction", "instruction": {"train": [str(folder / "records.jsonl")]}}
+    for number, sources in enumerate((prepare, {"blend": {"one": prepare, "other": prepare}}, records)):
         tiny = experiment(
-            model={"vocab_size": 300, "mtp_num_layers": 2 * number},
+            model={"vocab_size": 300, "mtp_num_layers": 2 * (number == 1)},
             training={
                 "train_iters": 2,
                 "eval_interval": 1,
