@@ -178,8 +178,8 @@ def attend_segments(
 
 def _attend_tokens(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
     """`attend` of [L, n, d] to [S, g, d] twice -> [L, n, d]."""
-    batched = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    return _attend(*batched, scores).squeeze(0).transpose(0, 1)
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    return _attend(query, key, value, scores).squeeze(0).transpose(0, 1)
 
 
 def _has_kernel(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> bool:

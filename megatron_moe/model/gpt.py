@@ -76,7 +76,7 @@ def build_chunk(experiment: Experiment, config: Any, stage: Stage, virtual: bool
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         # It says int, and takes what it is raised to a power of.
-        rotary_base=model.rotary_base,  # type: ignore[arg-type]
+        rotary_base=model.rotary_base,
         mtp_block_spec=prediction_spec(experiment, config, stage),
         vp_stage=stage.chunk if virtual else None,
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ def scale_frequencies(chunk: torch.nn.Module, model: Model) -> None:
     """Give a GPTModel that has rotary positions, but not in multi-latent attention, those of the model."""
     if model.rotary_scaling is None:
         return
-    rotary = chunk.rotary_pos_emb
-    rotary.inv_freq = frequencies(model).to(rotary.inv_freq.device)  # type: ignore[union-attr]
+    rotary: Any = chunk.rotary_pos_emb
+    rotary.inv_freq = frequencies(model).to(rotary.inv_freq.device)
 
 
 def frequencies(model: Model) -> Tensor:
