@@ -14,6 +14,7 @@ from megatron_moe.cli.converting import add_export, add_import
 from megatron_moe.cli.planning import add_plan, add_profile
 from megatron_moe.cli.preprocessing import add_preprocess
 from megatron_moe.cli.training import add_doctor, add_train, add_validate, add_verify
+from megatron_moe.cli.upcycling import add_upcycle
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 the input is wrong; 75 saved after a termination signal,\n"
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_preprocess,
         add_import,
         add_export,
+        add_upcycle,
         add_doctor,
     ):
         add(commands)

@@ -13,12 +13,22 @@ _LENGTH = 2048
 """Tokens a sequence to begin with: what a model can read is often more than a machine can train."""
 
 
-def starter_yaml(source: Path, experiment: Experiment, sections: dict[str, Any]) -> str:
-    """A commented experiment that trains the imported model, to be written into its folder."""
+def starter_yaml(
+    source: Path,
+    experiment: Experiment,
+    sections: dict[str, Any],
+    origin: str = "as its config.json says",
+) -> str:
+    """A commented experiment that trains the model, to be written into its folder.
+
+    Args:
+        source: the folder that the model came in, with its tokenizer.
+        origin: how the model comes from what is there, in words.
+    """
     length = min(_LENGTH, sections["model"].get("max_position_embeddings", _LENGTH))
     tokenizer = tokenizer_in(source)
     lines = [
-        f"# The model of {source.name}, as its config.json says. Say in `data` what to train it on, then:",
+        f"# The model of {source.resolve().name}, {origin}. Say in `data` what to train it on, then:",
         "#   megatron-moe train experiment.yaml",
         "",
         f"name: {flow(experiment.name)}",
@@ -32,15 +42,16 @@ def starter_yaml(source: Path, experiment: Experiment, sections: dict[str, Any])
     ]
     if tokenizer is not None:
         assert tokenizer.model is not None
-        path = flow(f"{HUGGINGFACE}/{Path(tokenizer.model).name}")
         lines += [
             "  tokenizer:",
             f"    kind: {tokenizer.kind}",
-            f"    model: {path}",
+            f"    model: {flow(f'{HUGGINGFACE}/{Path(tokenizer.model).name}')}",
+            "  prepare:",
+            "    input: [texts.txt]          # yours: .txt, jsonl or parquet files, or folders of them",
         ]
+    else:
+        lines += ["  kind: mock                    # no tokenizer came with the model: name yours, and texts"]
     lines += [
-        "  prepare:",
-        "    input: [texts.txt]          # yours: .txt, jsonl or parquet files, or folders of them",
         "",
         "optimizer:",
         "  lr: 1.0e-5",
