@@ -101,7 +101,22 @@ def foretell(
         limits=(),
         source=units.source,
     )
-    return replace(forecast, limits=limits_of(forecast, microbatches))
+    launched_s = microbatches * max(
+        sum(_launched_s(units, stage, cluster) for stage in stages if stage.pipeline_rank == rank)
+        for rank in range(pipeline_size)
+    )
+    return replace(forecast, limits=limits_of(forecast, microbatches, launched_s))
+
+
+def _launched_s(units: Units, stage: Stage, cluster: Cluster) -> float:
+    """Of a microbatch's passes through a stage, those that take as long as the host takes to launch them."""
+    seconds = 0.0
+    for number in stage.layers:
+        layer = units.layers[number]
+        takes = (layer.times.forward_s, layer.times.backward_s)
+        bounds = timing.launch_s(cluster, layer.kind)
+        seconds += sum(bound for taken, bound in zip(takes, bounds, strict=True) if bound and taken == bound)
+    return seconds
 
 
 def _after(

@@ -14,13 +14,19 @@ _TIGHT = 0.05
 """A rank with less of its memory left is close to the limit."""
 
 
-def limits_of(forecast: Forecast, num_microbatches: int) -> tuple[str, ...]:
-    """A sentence for each thing that costs much, what does not fit first."""
+def limits_of(forecast: Forecast, num_microbatches: int, launched_s: float = 0.0) -> tuple[str, ...]:
+    """A sentence for each thing that costs much, what does not fit first.
+
+    Args:
+        launched_s: of an iteration, on the rank with most, passes through layers that take as long as the
+            host takes to launch their kernels.
+    """
     sentences = [*_memory(forecast)]
     parts = [
         *_slowest_rank(forecast, num_microbatches),
         *_bubble(forecast, num_microbatches),
         *_waits(forecast),
+        _launching(forecast, launched_s),
     ]
     sentences += [text for share, text in sorted(parts, reverse=True) if share >= _WORTH_SAYING]
     return tuple(sentences) or (_computation(forecast, num_microbatches),)
@@ -88,6 +94,16 @@ def _bubble(forecast: Forecast, num_microbatches: int) -> Iterator[tuple[float, 
         share,
         f"Filling and draining the pipeline takes {percent(share)} of an iteration with "
         f"{num_microbatches:,} microbatch{'es' * (num_microbatches != 1)}: {more} would shorten it.",
+    )
+
+
+def _launching(forecast: Forecast, launched_s: float) -> tuple[float, str]:
+    share = launched_s / forecast.iteration_s
+    return (
+        share,
+        f"For {percent(share)} of an iteration layers take as long as the host takes to launch their "
+        "kernels, which are too small to keep the device busy: a larger training.micro_batch_size, or less tensor and "
+        "expert parallelism, would make them larger.",
     )
 
 

@@ -119,3 +119,21 @@ def test_idle_time_is_not_called_computation(
 def test_the_forecast_survives_the_file_of_the_plan() -> None:
     plan, _ = planned()
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_layers_too_small_for_a_gpu_are_said_to_wait_for_the_host() -> None:
+    """Width 64 on an H100: the host is what limits it; width 8,192 on long sequences: it is not."""
+    _, small = planned()
+    assert "as long as the host takes to launch their kernels" in small.limits[0]
+    large = {
+        "hidden_size": 8192,
+        "kv_channels": 2048,
+        "ffn_hidden_size": 16384,
+        "max_position_embeddings": 8192,
+    }
+    _, forecast = planned(
+        model=large,
+        moe={"num_moe_experts": 8, "moe_ffn_hidden_size": 8192},
+        training=BATCH | {"seq_length": 8192},
+    )
+    assert not any("the host" in sentence for sentence in forecast.limits)

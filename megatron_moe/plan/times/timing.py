@@ -17,7 +17,15 @@ from megatron_moe.plan.times.update import after_pieces, after_pipeline, pieces_
 from megatron_moe.plan.times.work import Work
 from megatron_moe.plan.units import Kind, Times
 
-__all__ = ["after_pieces", "after_pipeline", "pieces_on", "times", "transfer", "updated_parameters"]
+__all__ = [
+    "after_pieces",
+    "after_pipeline",
+    "launch_s",
+    "pieces_on",
+    "times",
+    "transfer",
+    "updated_parameters",
+]
 
 _OPERATIONS: dict[str, int] = {"dense": 50, "moe": 150}
 """That the host launches for the forward pass of a layer: as many as Megatron-Core's layers have, roughly."""
@@ -37,6 +45,12 @@ def times(experiment: Experiment, layout: Layout, cluster: Cluster, kind: Kind) 
     if kind == "mtp":
         return _mtp(work)
     return _layer(work, kind)
+
+
+def launch_s(cluster: Cluster, kind: Kind) -> tuple[float, float]:
+    """What the host takes to launch a layer, forward and backward: no layer takes less."""
+    forward_s = _OPERATIONS[kind] * cluster.host_s
+    return forward_s, _OPERATIONS_BACKWARD * forward_s
 
 
 def transfer(experiment: Experiment, layout: Layout, cluster: Cluster) -> tuple[float, float]:
@@ -83,11 +97,11 @@ def _layer_times(
 ) -> Times:
     """A layer's computation, what is exposed of the experts' all-to-all forward and backward, and what
     selective recomputation computes again; or what the host takes to launch them, where that is longer."""
-    launch_s = _OPERATIONS[kind] * work.cluster.host_s
-    forward_s = max(cost.forward_s + exposed[0], launch_s)
+    launched_s = launch_s(work.cluster, kind)
+    forward_s = max(cost.forward_s + exposed[0], launched_s[0])
     return Times(
         forward_s=forward_s,
-        backward_s=max(cost.backward_s + exposed[1] + again_s, _OPERATIONS_BACKWARD * launch_s),
+        backward_s=max(cost.backward_s + exposed[1] + again_s, launched_s[1]),
         recompute_s=forward_s,
         weight_gradient_s=cost.weight_gradient_s,
         exposed_s=sum(exposed),
