@@ -102,8 +102,8 @@ def _launching(forecast: Forecast, launched_s: float) -> tuple[float, str]:
     return (
         share,
         f"For {percent(share)} of an iteration layers take as long as the host takes to launch their "
-        "kernels, which are too small to keep the device busy: a larger training.micro_batch_size, or less tensor and "
-        "expert parallelism, would make them larger.",
+        "kernels, which are too small to keep the device busy: a larger training.micro_batch_size, or less "
+        "tensor and expert parallelism, would make them larger.",
     )
 
 
