@@ -113,6 +113,17 @@ def test_a_gate_of_ones_own_chooses() -> None:
     assert "router.weight" not in mixture.state_dict()
 
 
+def test_a_bias_of_the_router_is_not_beside_logits_of_ones_own() -> None:
+    """But of the router's own it is a weight like another."""
+    biased = MixtureOfExperts(WIDTH, num_experts=4, moe_router_bias=True)
+    with torch.no_grad():
+        biased.router.bias[2] = 100.0
+    biased(torch.randn(6, WIDTH))
+    assert biased.statistics().load[2] == 6
+    with pytest.raises(InputError, match="moe_router_bias: has no effect on logits of your own gate"):
+        MixtureOfExperts(WIDTH, num_experts=4, gate=lambda: nn.Linear(WIDTH, 4), moe_router_bias=True)
+
+
 class Broken(Alternating):
     """Forgets the scores of an expert."""
 

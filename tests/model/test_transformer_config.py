@@ -56,6 +56,32 @@ def test_fields_of_the_user_are_passed_on() -> None:
 
 
 @pytest.mark.second_pair
+def test_keys_of_the_model_in_megatrons_words() -> None:
+    """Its window counts the tokens before, and a softmax scale holds what YaRN multiplies queries and keys
+    by."""
+    yarn = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "attention_factor": 1.5}
+    found = config(
+        model={
+            "kv_channels": 16,
+            "sliding_window": 128,
+            "window_attn_skip_freq": 2,
+            "attention_sinks": True,
+            "qk_norm": "head",
+            "mlp_bias": True,
+            "activation": "clamped_swiglu",
+            "rotary_scaling": yarn,
+        }
+    )
+    assert (found.window_size, found.window_attn_skip_freq) == ((127, 0), 2)
+    assert (found.softmax_type, found.qk_layernorm, found.add_bias_linear) == ("learnable", True, True)
+    assert (found.activation_func_clamp_value, found.glu_linear_offset) == (7.0, 1.0)
+    assert found.softmax_scale == pytest.approx(1.5**2 / 4)
+    plain = config()
+    assert (plain.window_size, plain.softmax_type, plain.softmax_scale) == (None, "vanilla", None)
+    assert not (plain.qk_layernorm or plain.qk_l2_norm or plain.add_bias_linear)
+
+
+@pytest.mark.second_pair
 def test_pipeline_ranks_recompute_their_own_number_of_layers() -> None:
     setup = experiment(
         parallel={"pipeline_model_parallel_size": 2},

@@ -78,6 +78,8 @@ class LibraryRouter(Router):
         )
         self.scorer = None if isinstance(gate, Gate) else gate
         if self.scorer is not None:
+            if moe.moe_router_bias:
+                raise InputError("moe_router_bias: has no effect on logits of your own gate; leave it out")
             self.weight = None
         if isinstance(gate, Gate):
             gate.register_forward_hook(_check)
