@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from megatron_moe import __version__
 from megatron_moe.cli.arguments import PROGRAM
+from megatron_moe.cli.checkpoints import add_checkpoint
 from megatron_moe.cli.converting import add_export, add_import
+from megatron_moe.cli.inference import add_generate
 from megatron_moe.cli.planning import add_plan, add_profile
 from megatron_moe.cli.preprocessing import add_preprocess
 from megatron_moe.cli.training import add_doctor, add_train, add_validate, add_verify
@@ -91,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         add_import,
         add_export,
         add_upcycle,
+        add_checkpoint,
+        add_generate,
         add_doctor,
     ):
         add(commands)

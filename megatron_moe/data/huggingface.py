@@ -86,9 +86,11 @@ class HuggingFaceTokenizer:
     def _encode_each(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._guarded(self._tokenizer.encode_batch_fast, texts)]
 
-    def _guarded(self, encode: Callable[..., Any], texts: Sequence[str]) -> Any:
+    def _guarded(
+        self, encode: Callable[..., Any], texts: Sequence[str], add_special_tokens: bool = False
+    ) -> Any:
         try:
-            return encode(texts, add_special_tokens=False)
+            return encode(texts, add_special_tokens=add_special_tokens)
         except BaseException as error:
             # The library raises nothing more special; where Rust gives up, it is not even an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
@@ -101,6 +103,12 @@ class HuggingFaceTokenizer:
         encoding = self._guarded(self._tokenizer.encode_batch, [text])[0]
         places = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         return as_array(encoding.ids), places
+
+    def encode_whole(self, text: str) -> list[int]:
+        """The ids of a text with the special tokens that the file puts around one, as transformers adds
+        them."""
+        ids: list[int] = self._guarded(self._tokenizer.encode_batch, [text], add_special_tokens=True)[0].ids
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; ends of documents vanish."""

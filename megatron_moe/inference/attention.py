@@ -37,7 +37,9 @@ class CachedAttention:
         """[t, 1, h] -> [t, 1, h] and a bias to be added, or None."""
         query, key, value = self.module.get_query_key_value_tensors(hidden)
         if self.rotary is not None and angles is not None:
-            query, key = self.rotary(query, angles), self.rotary(key, angles)
+            # In one go: with a token or a few it is the calls that take time.
+            sizes = query.size(2), key.size(2)
+            query, key = self.rotary(torch.cat([query, key], dim=2), angles).split(sizes, dim=2)
         query, key, value = (x.squeeze(1) for x in (query, key, value))
         if cache is None:
             context = self._pieces(step, query, key, value, None)

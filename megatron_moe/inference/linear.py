@@ -34,14 +34,48 @@ class Linear(torch.nn.Module):
         return output if self.added is None else output + self.added, self.returned
 
 
+class FeedForward(torch.nn.Module):
+    """A dense layer's with a gate and nothing else around it; over `Linear` layers.
+
+    Stands where Megatron-Core has an MLP.
+    """
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.linear_fc1, self.linear_fc2 = mlp.linear_fc1, mlp.linear_fc2
+        self.activation = mlp.config.activation_func
+
+    @staticmethod
+    def fits(mlp: torch.nn.Module) -> bool:
+        """Whether this computes what an MLP does."""
+        from megatron.core.transformer.mlp import MLP
+
+        if type(mlp) is not MLP:
+            return False
+        config = mlp.config
+        plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+        return bool(config.gated_linear_unit and plain and not config.add_bias_linear)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[.., h] -> [.., h], and no bias."""
+        gate, up = self.linear_fc1(hidden)[0].chunk(2, dim=-1)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(self.activation(gate).mul_(up))
+        return output
+
+
 def lighten(model: torch.nn.Module) -> None:
-    """Put these into the place of all parallel linear layers of a model that only infers."""
+    """Put these into the places of Megatron-Core's in a model that only infers."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
+            # The output layer is left as it is: it may have no weight of its own.
             if name == "output_layer" or not isinstance(child, (ColumnParallelLinear, RowParallelLinear)):
                 continue
             sums = isinstance(child, RowParallelLinear) and child.tp_group.size() > 1
             group = child.tp_group if sums else None
             setattr(parent, name, Linear(child.weight, child.bias, child.skip_bias_add, group))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if FeedForward.fits(child):
+                setattr(parent, name, FeedForward(child))

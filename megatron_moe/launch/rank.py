@@ -85,7 +85,20 @@ def profile(folder: str) -> int:
     return run_part(at, experiment)
 
 
-_COMMANDS: dict[str, Callable[..., int]] = {"train": train, "verify": verify, "profile": profile}
+def generate(job: str) -> int:
+    """One rank of `generate`, with what the file says."""
+    from megatron_moe.inference.command import run
+    from megatron_moe.inference.job import Job
+
+    return run(Job.from_json(Path(job).read_text()))
+
+
+_COMMANDS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "verify": verify,
+    "profile": profile,
+    "generate": generate,
+}
 
 
 def _serve_store() -> Any:

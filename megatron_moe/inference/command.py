@@ -1,0 +1,51 @@
+"""One rank of `generate`."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe.convert.models import open_model
+from megatron_moe.engine import device as devices
+from megatron_moe.engine import groups
+from megatron_moe.engine.device import Device
+from megatron_moe.inference.building import build
+from megatron_moe.inference.job import Job
+from megatron_moe.inference.layout import inference_experiment
+from megatron_moe.inference.output import Output, stops_at, watched
+from megatron_moe.inference.prompts import tokenizer_of
+
+_TIMEOUT_S = 600
+
+
+def run(job: Job) -> int:
+    """Generate what a job asks for; rank 0 writes it. RANK and the like name the rank, or there is one only.
+    Returns the exit code. Raises InputError."""
+    device = join()
+    model = open_model(job.model)
+    tokenizer = tokenizer_of(model)
+    dtype = torch.float32 if job.dtype == "fp32" else device.resolve_precision(job.dtype)
+    generator = build(inference_experiment(model.experiment, job.overrides), model.weights, device, dtype)
+    output = Output(job, tokenizer) if dist.get_rank() == 0 else None
+    generator.generate(
+        [prompt.ids for prompt in job.prompts],
+        job.settings,
+        on_token=None if output is None else output.take,
+        stop=partial(watched, stops_at(job, tokenizer)),
+    )
+    if output is not None:
+        output.close()
+    return 0
+
+
+def join() -> Device:
+    """Make this process a rank, alone where nothing says that there are others."""
+    device = devices.start(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        groups.initialize_process_group(device, _TIMEOUT_S)
+    elif not dist.is_initialized():
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
