@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_moe.engine.stand_ins import (
     HOST,
@@ -144,6 +145,9 @@ def install() -> None:
     assert not torch.cuda.is_available(), "the host's stand-ins must never hide a GPU"
     if _originals:
         return
+    # `with torch.device(..)` lists the functions that make tensors when it is first used. It must know these
+    # by themselves: else what other libraries build on the meta device is not there.
+    _device_constructors()
     for stand_in in STAND_INS:
         if stand_in.target.startswith("torch."):
             _install_one(stand_in)

@@ -145,3 +145,15 @@ def test_the_gradient_norm_of_a_large_vocabulary_is_exact() -> None:
     norm, _ = exact_norm(1, torch.zeros(1), [parts], False)
     assert abs(float(norm) / expected - 1) < 1e-6
     assert float(exact_norm(1, torch.zeros(1), [[]], False)[0]) == 0
+
+
+def test_other_libraries_still_build_on_the_meta_device() -> None:
+    """Their models get their tables of frequencies only if nothing has numbers before it is loaded."""
+    program = (
+        "from megatron_moe.engine import device\n"
+        "device.start(0)\n"
+        "import torch\n"
+        "with torch.device('meta'):\n"
+        "    assert {torch.tensor([1.0]).device.type, torch.zeros(2).device.type} == {'meta'}\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
