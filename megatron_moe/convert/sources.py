@@ -16,6 +16,14 @@ from megatron_moe.plan.costs.parameters import padded_vocab_size
 
 KEY = "checkpoint.initialize_from"
 
+_FOLLOWS = {
+    "model.kv_channels": "model.hidden_size",
+    "model.ffn_hidden_size": "model.hidden_size",
+    "model.window_attn_skip_freq": "model.num_layers",
+    "moe.moe_layer_freq": "model.num_layers",
+}
+"""Keys whose value another one decides where they are left out: one line is enough then."""
+
 
 def open_source(path: str | Path, experiment: Experiment) -> Model:
     """The model at `path`, its weights in the shapes of `experiment`, which computes the same. Raises
@@ -36,9 +44,12 @@ def differences(experiment: Experiment, model: Model) -> Iterator[Problem]:
     source = model.experiment
     sections = {"model": source.model.model_dump(), "moe": source.moe and source.moe.model_dump()}
     learned = experiment.model.position_embedding_type == "learned_absolute"
-    for key, _, other in disagreements(experiment, sections):
+    found = {key: other for key, _, other in disagreements(experiment, sections)}
+    for key, other in found.items():
         if key == "model.max_position_embeddings" and not learned:
             # Without a table of them it changes nothing.
+            continue
+        if _FOLLOWS.get(key) in found:
             continue
         text = f"disagrees with the model that {KEY} names, which has {shown(other)}"
         yield Problem((key, KEY), text, f"set it to {shown(other)}" if other is not None else "leave it out")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_moe.convert.loading import fill
-from megatron_moe.convert.sources import open_source
 from megatron_moe.training import checkpoint
 from megatron_moe.training.trainer import Trainer
 
@@ -30,6 +28,10 @@ def begin_from(trainer: Trainer) -> None:
     path = trainer.experiment.checkpoint.initialize_from
     if path is None:
         return
+    # Most runs need no other program's models.
+    from megatron_moe.convert.loading import fill
+    from megatron_moe.convert.sources import open_source
+
     fill(trainer.chunks, open_source(path, trainer.experiment).weights)
     # The weights that the optimizer updates, in float32 beside a model in bf16.
     trainer.optimizer.reload_model_params()
