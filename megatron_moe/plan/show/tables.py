@@ -33,7 +33,12 @@ def print_table(
     """
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for title in columns:
-        table.add_column(title, justify="left" if title in left else "right", no_wrap=title not in folded)
+        table.add_column(
+            title,
+            justify="left" if title in left else "right",
+            no_wrap=title not in folded,
+            overflow="fold" if title in folded else "ellipsis",
+        )
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     console.print(table)
