@@ -14,8 +14,7 @@ _MASK_ENTRIES = 1 << 22
 """Largest mask that is made at once."""
 
 _ROWS = 256
-"""Queries that share a mask under a narrow window: the keys of each are then no more than these and two
-windows."""
+"""Queries that share a mask under a window: each takes the keys of the window, and of so many others."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def _in_rows(query: Tensor, key: Tensor, value: Tensor, scores: Scores, leading:
     if scores.window is None:
         rows = _MASK_ENTRIES // key.size(2)
     else:
-        rows = max(_ROWS, window)
-        rows = min(rows, _MASK_ENTRIES // (2 * rows))
+        rows = min(_ROWS, _MASK_ENTRIES // (window + _ROWS))
     parts, begin = [], before
     for part in query.split(max(1, rows), dim=2):
         first, end = max(0, begin - window + 1), begin + part.size(2)

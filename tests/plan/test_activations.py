@@ -53,6 +53,7 @@ CASES: dict[str, tuple[Experiment, int]] = {
     "norms of all heads": sized(model={"qk_norm": "all_heads"}),
     "norms of all heads in bf16": sized(model={"qk_norm": "all_heads"}, training={"precision": "bf16"}),
     "windows": sized(model={"sliding_window": 40}),
+    "windows, in parts": sized(model={"sliding_window": 40}, training={"seq_length": 512}),
     "sinks": sized(model={"attention_sinks": True}),
     "a clamped activation": sized(model={"activation": "clamped_swiglu"}),
     "LayerNorm, gelu, learned positions, dropout": sized(

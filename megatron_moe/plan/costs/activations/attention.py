@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from megatron_moe.config.schema import Experiment
 from megatron_moe.config.schema.model import Model, MultiLatentAttention
+from megatron_moe.config.windows import windowed_layers
 from megatron_moe.plan.costs.activations.share import Part, Share
 
 _FP32 = 4
+
+_ROWS_OF_A_MASK = 256
+"""As `model.causal._ROWS`."""
 
 
 def norm(normalization: str, rows: float, width: float, share: Share, has_input: bool = True) -> float:
@@ -35,12 +39,17 @@ def attention(experiment: Experiment, share: Share) -> Part:
     latent = experiment.model.multi_latent_attention
     if latent is not None:
         return _latent(experiment.model, share, latent)
-    return _grouped(experiment.model, share)
+    with_window = windowed_layers(experiment)
+    return _grouped(experiment.model, share, sum(with_window) / len(with_window))
 
 
-def _grouped(model: Model, share: Share) -> Part:
+def _grouped(model: Model, share: Share, windowed: float) -> Part:
     """Grouped-query attention. The values are views of the projection's whole output, which therefore stays;
-    rotation makes new queries and keys."""
+    rotation makes new queries and keys.
+
+    Args:
+        windowed: part of the layers that have a sliding window, for a mean over layers.
+    """
     assert model.num_query_groups is not None and model.kv_channels is not None
     heads = model.num_attention_heads / share.tensor
     groups = max(1.0, model.num_query_groups / share.tensor)
@@ -71,6 +80,8 @@ def _grouped(model: Model, share: Share) -> Part:
         return Part(kept + projected + entering + queries, working + normalisers)
     kept += normalisers + _scores(model, heads, share)
     if share.context == 1:
+        if share.length > _ROWS_OF_A_MASK:
+            kept += windowed * queries  # the contexts of some rows each, which are put together
         return Part(kept + projected + entering + queries, working)
     # Keys and values of the whole sequence, up to the end of each of the two chunks; the context of both.
     seen = 2 * keys * (share.context + 0.5)
