@@ -26,7 +26,11 @@ def add_import(commands: Commands) -> None:
     add = parser.add_argument
     add("source", metavar="HF_DIR", type=Path, help="the folder with config.json and model*.safetensors")
     add("out", metavar="OUT", type=Path, help="the checkpoint folder to make")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: as they are)")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="precision of the weights (default: as they are, from FP8 bf16)",
+    )
     add(
         "--config",
         metavar="CONFIG",
@@ -50,7 +54,12 @@ def add_export(commands: Commands) -> None:
     add = parser.add_argument
     add("source", metavar="CKPT", type=Path, help="a checkpoint, an imported folder, or a run")
     add("out", metavar="HF_DIR", type=Path, help="the folder to make")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: as they are)")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "fp8"),
+        help="precision of the weights; fp8: linear layers and experts with a scale a block of 128 x 128, "
+        "all else bf16 (default: as they are)",
+    )
     add(
         "--family",
         metavar="NAME",

@@ -19,14 +19,17 @@ from megatron_moe.convert.completeness import faults
 from megatron_moe.convert.correspondence import Group
 from megatron_moe.convert.families import FAMILIES
 from megatron_moe.convert.family import Family, NotOfFamily
-from megatron_moe.convert.huggingface import converted
+from megatron_moe.convert.fp8 import CONFIG_KEY, Quantized
+from megatron_moe.convert.huggingface import CONFIG, converted
 from megatron_moe.convert.importing import DTYPES
 from megatron_moe.convert.merging import Cast
-from megatron_moe.convert.models import CONFIG, Model, open_model
+from megatron_moe.convert.models import Model, open_model
 from megatron_moe.convert.output import copy_companions, default_workers, made_aside
-from megatron_moe.convert.safetensors_writer import write_safetensors
+from megatron_moe.convert.safetensors_writer import TensorGroups, write_safetensors
 from megatron_moe.convert.weights import Weight, Weights
 
+FP8 = "fp8"
+"""Linear layers and experts in FP8 with a scale for each block, all else in bf16."""
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 """What of the config.json that came with a model stays where the model has become one of another family."""
 
@@ -42,7 +45,7 @@ def export_model(
     """Convert the model at `source` to the Hugging Face folder `out`, and say what was done.
 
     Args:
-        dtype: of the weights, a key of DTYPES. None: as they are.
+        dtype: of the weights, a key of DTYPES, or FP8. None: as they are.
         family_name: None: the one that it came in, or the first that has a word for all that it computes.
         shard_bytes: most bytes of a file.
 
@@ -51,11 +54,16 @@ def export_model(
     began = time.monotonic()
     model = open_model(source)
     family, config = _description(model, family_name)
-    weights = model.weights if dtype is None else Cast(model.weights, DTYPES[dtype])
-    tensors = Theirs(family, model.experiment, weights)
-    if problems := list(tensors.faults()):
+    to_fp8 = dtype == FP8
+    weights = model.weights if dtype is None else Cast(model.weights, DTYPES["bf16" if to_fp8 else dtype])
+    exact = Theirs(family, model.experiment, weights)
+    if problems := list(exact.faults()):
         raise InputError(*(f"{source}: {problem}" for problem in problems))
-    config |= _precision(tensors)
+    config |= _precision(exact)
+    tensors: TensorGroups = exact
+    if to_fp8:
+        tensors = Quantized(exact)
+        config[CONFIG_KEY] = tensors.config()
     size = sum(weight.bytes for group in tensors.groups() for weight in group.values())
     with made_aside(out, size) as aside:
         if model.huggingface is not None:
@@ -121,6 +129,7 @@ def _description(model: Model, family_name: str | None) -> tuple[Family, dict[st
     original: dict[str, Any] = {}
     if model.huggingface is not None:
         original = json.loads((model.huggingface / CONFIG).read_bytes())
+        original.pop(CONFIG_KEY, None)
     given = FAMILIES[family_name] if family_name is not None else model.family
     if given is not None and given is model.family and _says_the_same(given, original, model.experiment):
         return given, original

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.convert.correspondence import Group
 from megatron_moe.convert.families import FAMILIES
 from megatron_moe.convert.family import Family
+from megatron_moe.convert.fp8 import Dequantized
 from megatron_moe.convert.safetensors_files import SafetensorsFolder
 from megatron_moe.convert.weights import Weight
 
+CONFIG = "config.json"
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -24,12 +27,13 @@ class HuggingFaceWeights:
     """The weights in `folder`, as the model of `experiment` has them.
 
     Raises InputError naming every tensor that is missing there, that the model has no place for, or whose
-    shape cannot be right. `convert.completeness` holds the shapes against those of the model.
+    shape cannot be right. What is in FP8 is read as float32. `convert.completeness` holds the shapes against
+    those of the model.
     """
 
     def __init__(self, folder: Path, family: Family, experiment: Experiment) -> None:
         self._of = folder, family.name, experiment
-        self._files = SafetensorsFolder(folder)
+        self._files = Dequantized(SafetensorsFolder(folder), json.loads((folder / CONFIG).read_bytes()))
         groups = list(family.groups(experiment))
         self._group = {name: group for group in groups for name in group.ours}
         stored = self._files.inventory()
@@ -56,6 +60,11 @@ class HuggingFaceWeights:
         # What lies together is asked for together.
         self._read_together = dict(zip(group.ours, converted, strict=True))
         return self._read_together.pop(name)
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether the files have weights in FP8."""
+        return self._files.any
 
     def origin(self, name: str) -> str:
         """The tensors of the files that a weight is made of, with their shapes."""

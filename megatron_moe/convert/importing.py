@@ -16,9 +16,9 @@ from megatron_moe.config.schema import Experiment
 from megatron_moe.convert.agreement import disagreements
 from megatron_moe.convert.checkpoint_output import write_checkpoint
 from megatron_moe.convert.family import Family, Json, NotOfFamily
-from megatron_moe.convert.huggingface import HuggingFaceWeights
+from megatron_moe.convert.huggingface import CONFIG, HuggingFaceWeights
 from megatron_moe.convert.merging import Cast
-from megatron_moe.convert.models import CONFIG, experiment_of, open_folder, read_config, sections_of
+from megatron_moe.convert.models import experiment_of, open_folder, read_config, sections_of
 from megatron_moe.convert.starter import starter_yaml
 from megatron_moe.convert.weights import Weights
 
@@ -32,7 +32,7 @@ def import_model(
     """Convert the Hugging Face folder `source` to the checkpoint folder `out`, and say what was done.
 
     Args:
-        dtype: of the weights, a key of DTYPES. None: as they are.
+        dtype: of the weights, a key of DTYPES. None: as they are, from FP8 bf16.
         config_path: an experiment whose model must be that of the folder. None: one is made of config.json.
 
     Raises InputError.
@@ -50,9 +50,11 @@ def import_model(
         if problems:
             raise InputError(*problems)
         texts = {}
-    weights: Weights = HuggingFaceWeights(folder, family, experiment)
-    if dtype is not None:
-        weights = Cast(weights, DTYPES[dtype])
+    files = HuggingFaceWeights(folder, family, experiment)
+    weights: Weights = files
+    if dtype is not None or files.in_fp8:
+        # FP8 is undone to what the model was trained in.
+        weights = Cast(weights, DTYPES[dtype or "bf16"])
     about = {"imported": {"family": family.name, "architectures": config.get("architectures")}}
     size = write_checkpoint(
         out, experiment, weights, came_with=folder, about=about, texts=texts, workers=workers

@@ -19,14 +19,13 @@ from megatron_moe.config.schema import Experiment, Tokenizer
 from megatron_moe.convert.adapters import merged
 from megatron_moe.convert.families import FAMILIES
 from megatron_moe.convert.family import Family, Json, NotOfFamily
-from megatron_moe.convert.huggingface import HuggingFaceWeights
+from megatron_moe.convert.huggingface import CONFIG, HuggingFaceWeights
 from megatron_moe.convert.weights import Weights
 from megatron_moe.engine import checkpoint_folders
 from megatron_moe.engine.weight_files import CheckpointWeights
 
 HUGGINGFACE = "huggingface"
 """Folder beside or above a checkpoint with the files that came with its model: config.json, tokenizer."""
-CONFIG = "config.json"
 RESOLVED = "resolved.yaml"
 
 
