@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from megatron_moe.config.schema import Experiment, Training
 
 
@@ -26,23 +28,40 @@ def global_batch_size(training: Training, consumed_samples: int) -> int:
     return start + min(done, increments) * increment
 
 
-def ramp_steps(training: Training) -> int | None:
-    """Steps before the first one with the whole global_batch_size; 0 without a ramp, None where the run ends
-    before it.
+def batches(training: Training) -> Iterator[tuple[int, int]]:
+    """All steps of a run in order: how many, one behind the other, have a global batch of which size.
 
     Steps of one size are counted at once: a ramp may be longer than anybody could wait for.
     """
     consumed_samples = steps = 0
     while steps < training.train_iters:
         size = global_batch_size(training, consumed_samples)
+        left = training.train_iters - steps
         if size == training.global_batch_size:
-            return steps
+            yield left, size
+            return
         assert training.rampup_batch_size is not None
         start, increment, samples = training.rampup_batch_size
         # From so many consumed samples on the batch is larger.
         increments = (training.global_batch_size - start) // increment
         until = -(-((size - start) // increment + 1) * samples // increments)
-        of_this_size = -(-(until - consumed_samples) // size)
+        of_this_size = min(left, -(-(until - consumed_samples) // size))
+        yield of_this_size, size
         steps += of_this_size
         consumed_samples += of_this_size * size
+
+
+def ramp_steps(training: Training) -> int | None:
+    """Steps before the first one with the whole global_batch_size; 0 without a ramp, None where the run ends
+    before it."""
+    before = 0
+    for steps, size in batches(training):
+        if size == training.global_batch_size:
+            return before
+        before += steps
     return None
+
+
+def samples(training: Training) -> int:
+    """Sequences that the whole run trains on."""
+    return sum(steps * size for steps, size in batches(training))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan.batch_ramp import num_microbatches
+from megatron_moe.plan.batch_ramp import batches, num_microbatches
 from megatron_moe.plan.costs.parameters import flops_per_token
 from megatron_moe.plan.forecast import Forecast, MemoryForecast, RankForecast
 from megatron_moe.plan.layout import Layout
@@ -80,6 +80,7 @@ def foretell(
     ]
     gradient_s, optimizer_s = max(after, key=sum)
     iteration_s = timeline.makespan_s + gradient_s + optimizer_s
+    microbatch_s = max(rank.forward_s + rank.backward_s for rank in ranks)
     tokens = experiment.training.global_batch_size * experiment.training.seq_length
     flops = flops_per_token(experiment)
     speed = tokens / iteration_s / layout.world_size
@@ -97,7 +98,7 @@ def foretell(
         tokens_per_second_per_gpu=speed,
         tflops_per_gpu=speed * flops / 1e12,
         mfu=None if cluster.peak_flops is None else speed * flops / cluster.peak_flops,
-        days=iteration_s * experiment.training.train_iters / _DAY_S,
+        days=_run_s(experiment, iteration_s, microbatch_s) / _DAY_S,
         limits=(),
         source=units.source,
     )
@@ -106,6 +107,15 @@ def foretell(
         for rank in range(pipeline_size)
     )
     return replace(forecast, limits=limits_of(forecast, microbatches, launched_s))
+
+
+def _run_s(experiment: Experiment, iteration_s: float, microbatch_s: float) -> float:
+    """All iterations. While the batch grows, each lacks microbatches at the pace of the slowest rank."""
+    whole, microbatches = experiment.training.global_batch_size, num_microbatches(experiment)
+    return sum(
+        steps * (iteration_s - (1 - size / whole) * microbatches * microbatch_s)
+        for steps, size in batches(experiment.training)
+    )
 
 
 def _launched_s(units: Units, stage: Stage, cluster: Cluster) -> float:

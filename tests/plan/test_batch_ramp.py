@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_moe.config.schema import Training
-from megatron_moe.plan.batch_ramp import global_batch_size, ramp_steps
+from megatron_moe.plan.batch_ramp import global_batch_size, ramp_steps, samples
 
 
 def training(whole: int, ramp: list[int] | None, train_iters: int = 1000) -> Training:
@@ -80,6 +80,17 @@ def test_steps_counted_at_once_are_those_counted_one_by_one(
     one_by_one = next(step for step in count() if next(sizes) == whole)
     assert ramp_steps(training(whole, [start, increment, samples], one_by_one + 1)) == one_by_one
     assert ramp_steps(training(whole, [start, increment, samples], one_by_one)) is None
+
+
+@given(
+    start=st.integers(1, 8),
+    increments=st.integers(1, 12),
+    ramp=st.integers(1, 3000),
+    steps=st.integers(1, 400),
+)
+def test_samples_of_a_run_are_those_of_its_steps(start: int, increments: int, ramp: int, steps: int) -> None:
+    growing = training(start + increments, [start, 1, ramp], steps)
+    assert samples(growing) == sum(islice(sizes_of_steps(growing), steps))
 
 
 def test_a_ramp_of_tokens_instead_of_samples_is_no_reason_to_wait() -> None:

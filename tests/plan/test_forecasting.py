@@ -47,6 +47,18 @@ def test_speed_follows_from_the_time_of_an_iteration() -> None:
     assert forecast.days == pytest.approx(1000 * forecast.iteration_s / 86400)
 
 
+def test_a_run_whose_batch_grows_takes_the_time_of_its_batches() -> None:
+    growing = BATCH | {"train_iters": 1000, "seq_length": 32, "rampup_batch_size": [16, 16, 4800]}
+    experiment = filled(**{**STAGES, "training": growing})  # type: ignore[arg-type]
+    days = 0.0
+    for steps, size in ((100, 16), (50, 32), (34, 48), (1000 - 184, 64)):
+        of_size = planned(
+            training=BATCH | {"train_iters": steps, "seq_length": 32, "global_batch_size": size}
+        )
+        days += of_size[1].days
+    assert make(experiment).forecast.days == pytest.approx(days, rel=1e-3)
+
+
 def test_one_stage_has_no_bubble() -> None:
     _, forecast = planned(
         parallel={"data_parallel_size": 1},

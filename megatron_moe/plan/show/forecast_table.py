@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from megatron_moe.config.schema import Experiment
-from megatron_moe.plan import devices
+from megatron_moe.plan import batch_ramp, devices
 from megatron_moe.plan.costs.parameters import FORMULA
 from megatron_moe.plan.plan import Plan
 from megatron_moe.plan.profile import not_taken
@@ -74,10 +74,12 @@ def _print_speed(console: Console, experiment: Experiment, plan: Plan) -> None:
     else:
         peak = number(forecast.tflops_per_gpu / forecast.mfu)
         console.print(f"MFU     {percent(forecast.mfu)}: {tflops} of {peak}")
-    tokens = count(float(iterations) * sequences * length)
+    samples = batch_ramp.samples(training)
+    factors = f"{plural(iterations, 'iteration')} x {sequences:,} x {length:,}"
+    if training.rampup_batch_size is not None:
+        factors = f"{plural(iterations, 'iteration')} of at most {sequences:,} x {length:,}"
     console.print(
-        f"Budget  {tokens} tokens = {plural(iterations, 'iteration')} x {sequences:,} x {length:,}: "
-        f"{duration(forecast.days * 86400)}\n"
+        f"Budget  {count(float(samples) * length)} tokens = {factors}: {duration(forecast.days * 86400)}\n"
     )
     operations = flops(forecast.model_flops_per_token)
     console.print(f"MFU = tokens/s/{device} x FLOPs a token / peak. A token takes {operations}: {FORMULA}.\n")
