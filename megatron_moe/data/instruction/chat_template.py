@@ -11,6 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.huggingface_files import read_json_beside, tokenizer_json
 from megatron_moe.data.documents import BadRecord
@@ -74,8 +79,6 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        import jinja2
-
         try:
             return _environment(self._now).from_string(self.text)
         except jinja2.TemplateSyntaxError as error:
@@ -113,62 +116,60 @@ def find_template(tokenizer: str | Path, file: str | Path | None) -> ChatTemplat
 
 def _environment(now: datetime.datetime) -> Any:
     """What transformers gives templates: its filters, globals and the tag `generation`."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Generation(Extension):
-        """Notes in `environment.answers` where each block `generation` begins and what it is."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
-
-        def _note(self, caller: Any) -> str:
-            environment: Any = self.environment
-            text = str(caller())
-            environment.answers.append((sum(map(len, environment.parts)), text))
-            return text
-
-    class PlainDict:
-        """`dict` without its attributes, by which a template could get out of the sandbox."""
-
-        def __call__(self, *arguments: Any, **named: Any) -> dict[Any, Any]:
-            return dict(*arguments, **named)
-
-        def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*arguments)
-
-    class PlainNamespace(Namespace):
-        """`namespace` without names that Python reserves."""
-
-        def __init__(*arguments: Any, **named: Any) -> None:
-            for name in dict(*arguments[1:], **named):
-                PlainNamespace.check(name)
-            Namespace.__init__(*arguments, **named)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            PlainNamespace.check(name)
-            super().__setitem__(name, value)
-
-        @staticmethod
-        def check(name: Any) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace takes no name like {name!r}")
-
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = now.strftime
-    environment.globals["dict"] = PlainDict()
-    environment.globals["namespace"] = PlainNamespace
+    environment.globals["dict"] = _PlainDict()
+    environment.globals["namespace"] = _PlainNamespace
     return environment
+
+
+class _Generation(Extension):
+    """Notes in `environment.answers` where each block `generation` begins and what it is."""
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja has it)
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller: Any) -> str:
+        environment: Any = self.environment
+        text = str(caller())
+        environment.answers.append((sum(map(len, environment.parts)), text))
+        return text
+
+
+class _PlainDict:
+    """`dict` without its attributes, by which a template could get out of the sandbox."""
+
+    def __call__(self, *arguments: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*arguments, **named)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*arguments)
+
+
+class _PlainNamespace(Namespace):
+    """`namespace` without names that Python reserves."""
+
+    def __init__(*arguments: Any, **named: Any) -> None:
+        for name in dict(*arguments[1:], **named):
+            _PlainNamespace.check(name)
+        Namespace.__init__(*arguments, **named)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _PlainNamespace.check(name)
+        super().__setitem__(name, value)
+
+    @staticmethod
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace takes no name like {name!r}")
 
 
 def _tojson(
@@ -185,6 +186,4 @@ def _tojson(
 
 
 def _raise(message: str) -> None:
-    import jinja2
-
     raise jinja2.TemplateError(message)
