@@ -31,13 +31,16 @@ def choose(chunk: torch.nn.Module, experiment: Experiment) -> None:
             parameter.requires_grad_(not is_frozen(training.freeze, names[name]))
     else:
         return
-    if experiment.recompute.granularity != "none":
-        _let_gradients_reach_what_is_recomputed(chunk)
+    moe = experiment.moe
+    takes_layers_apart = moe is not None and moe.overlap_moe_expert_parallel_comm
+    if experiment.recompute.granularity != "none" or takes_layers_apart:
+        _let_gradients_reach_the_beginning(chunk)
 
 
-def _let_gradients_reach_what_is_recomputed(chunk: torch.nn.Module) -> None:
+def _let_gradients_reach_the_beginning(chunk: torch.nn.Module) -> None:
     """Megatron-Core's checkpointed functions run a second time, in which weights get gradients and routers
-    count, only where their input has a gradient, which a frozen embedding's has not."""
+    count, only where their input has a gradient, which a frozen embedding's has not. And its schedule of two
+    microbatches calls for the backward pass of the embedding itself."""
     embedding: Any = getattr(chunk, "embedding", None)
     if embedding is not None and not any(parameter.requires_grad for parameter in embedding.parameters()):
         embedding.register_forward_hook(_with_gradient)

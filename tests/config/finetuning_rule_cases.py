@@ -78,6 +78,20 @@ FINETUNING_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
         "copies experts without their adapters",
     ),
     (
+        "adapters_can_be_built",
+        MOE,
+        [
+            lora("experts"),
+            f"{P}data_parallel_size=2",
+            f"{P}expert_model_parallel_size=2",
+            "moe.overlap_moe_expert_parallel_comm=true",
+            "training.precision=bf16",
+        ],
+        ["moe.overlap_moe_expert_parallel_comm=false"],
+        TARGETS,
+        "round differently than without",
+    ),
+    (
         "adapters_can_drop",
         MOE,
         [lora("experts", dropout=0.1)],
