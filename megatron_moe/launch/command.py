@@ -12,10 +12,10 @@ from pathlib import Path
 from megatron_moe.config.dump import to_yaml
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import load
+from megatron_moe.config.one_process import in_one_process
 from megatron_moe.config.schema import Experiment
-from megatron_moe.config.schema.moe import MoE
 from megatron_moe.data.prepare import prepare
-from megatron_moe.launch import exit_codes, identity, joined, local_ranks, preflight
+from megatron_moe.launch import exit_codes, identity, joined, local_ranks, preflight, starting
 from megatron_moe.launch.beginning import begin
 from megatron_moe.launch.outcome import Outcome
 from megatron_moe.launch.stop_request import Stopped, signals_raise
@@ -27,35 +27,6 @@ from megatron_moe.plan.wording import plural
 _STOPPING = (
     "Stopping: the ranks finish this step and save. Ctrl-C once more ends them at once, without saving."
 )
-_ONE_PROCESS = (
-    "parallel.tensor_model_parallel_size=1",
-    "parallel.pipeline_model_parallel_size=1",
-    "parallel.virtual_pipeline_model_parallel_size=null",
-    "parallel.context_parallel_size=1",
-    "parallel.expert_model_parallel_size=1",
-    "parallel.expert_tensor_parallel_size=1",
-    "parallel.data_parallel_size=1",
-    "parallel.sequence_parallel=false",
-    "parallel.overlap_grad_reduce=false",
-    "parallel.overlap_param_gather=false",
-    "pipeline.layers_per_stage=null",
-    "pipeline.num_layers_in_first_stage=null",
-    "pipeline.num_layers_in_last_stage=null",
-    "pipeline.mtp_stage=null",
-    "recompute.granularity=none",
-    "recompute.layers_per_stage=null",
-    "recompute.modules=null",
-)
-_ABOUT_SENDS = (
-    "moe_token_dispatcher_type",
-    "moe_flex_dispatcher_backend",
-    "moe_ranks_per_node",
-    "moe_overlap_degree",
-    "moe_shadowing",
-    "overlap_moe_expert_parallel_comm",
-    "moe_permute_fusion",
-)
-"""Keys of the section `moe` about how tokens travel, which one process has nobody to do with."""
 
 
 def train(config_path: Path, overrides: Sequence[str]) -> int:
@@ -107,6 +78,7 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
         with signals_raise(), tempfile.TemporaryDirectory(prefix="megatron-moe-verify-") as folder:
             loaded = resolve(load(config_path, overrides, world_size=None))
             preflight.check(loaded)
+            starting.check(loaded)
             experiment = loaded.experiment
             world_size = plan.make(experiment).layout.world_size
             prepare(experiment, Path(experiment.logging.root))
@@ -124,14 +96,6 @@ def verify(config_path: Path, overrides: Sequence[str], steps: int, tolerance: f
         code = exit_codes.START_AGAIN
     # There is nothing to go on with.
     return exit_codes.FAILED if code == exit_codes.START_AGAIN else code
-
-
-def in_one_process(experiment: Experiment) -> list[str]:
-    """The overrides that take an experiment's layout away, and what has no meaning without one."""
-    settings = [] if experiment.moe is None else _ABOUT_SENDS
-    fields = MoE.model_fields
-    changed = [name for name in settings if getattr(experiment.moe, name) != fields[name].default]
-    return [*_ONE_PROCESS, *(f"moe.{name}={json.dumps(fields[name].default)}" for name in changed)]
 
 
 def _rank_command(*arguments: str) -> list[str]:
