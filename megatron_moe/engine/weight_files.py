@@ -45,7 +45,7 @@ class CheckpointWeights:
     def read(self, name: str) -> Tensor:
         key, place = self._where[name]
         weight = self._inventory[name]
-        result = torch.empty(weight.shape, dtype=weight.dtype)
+        result: Tensor | None = None
         filled = 0
         for chunk in self._chunks[key]:
             inside = [
@@ -55,12 +55,17 @@ class CheckpointWeights:
             ]
             if len(inside) == len(place):
                 block = self._read_block(chunk, inside, weight.dtype)
+                if block.shape == weight.shape:
+                    return block
+                if result is None:
+                    result = torch.empty(weight.shape, dtype=weight.dtype)
                 begins = chunk.start[len(place) :]
                 where = tuple(slice(at, at + size) for at, size in zip(begins, block.shape, strict=True))
                 result[where] = block
                 filled += block.numel()
-        if filled != result.numel():
-            raise InputError(f"{self._folder}: has only {filled:,} of {result.numel():,} numbers of {name}")
+        wanted = torch.Size(weight.shape).numel()
+        if result is None or filled != wanted:
+            raise InputError(f"{self._folder}: has only {filled:,} of {wanted:,} numbers of {name}")
         return result
 
     def _read_block(self, chunk: Chunk, inside: list[int], dtype: torch.dtype) -> Tensor:
