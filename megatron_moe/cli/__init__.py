@@ -12,6 +12,7 @@ from megatron_moe import __version__
 from megatron_moe.cli.arguments import PROGRAM
 from megatron_moe.cli.checkpoints import add_checkpoint
 from megatron_moe.cli.converting import add_export, add_import
+from megatron_moe.cli.evaluating import add_eval
 from megatron_moe.cli.inference import add_generate
 from megatron_moe.cli.planning import add_plan, add_profile
 from megatron_moe.cli.preprocessing import add_preprocess
@@ -95,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_upcycle,
         add_checkpoint,
         add_generate,
+        add_eval,
         add_doctor,
     ):
         add(commands)

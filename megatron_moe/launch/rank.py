@@ -93,11 +93,20 @@ def generate(job: str) -> int:
     return run(Job.from_json(Path(job).read_text()))
 
 
+def evaluate(job: str) -> int:
+    """One rank of `eval`, with what the file says."""
+    from megatron_moe.inference.evaluation.command import run
+    from megatron_moe.inference.evaluation.job import EvalJob
+
+    return run(EvalJob.from_json(Path(job).read_text()))
+
+
 _COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "verify": verify,
     "profile": profile,
     "generate": generate,
+    "evaluate": evaluate,
 }
 
 
