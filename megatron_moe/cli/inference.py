@@ -31,7 +31,16 @@ def add_generate(commands: Commands) -> None:
     )
     _add_prompts(parser)
     _add_choice(parser)
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of weights and products")
+    add(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp8"),
+        default="auto",
+        help="of weights and products (default: bf16 on a GPU, else fp32); fp8: linear layers and experts in "
+        "memory",
+    )
+    add(
+        "--logit-error", action="store_true", help="with --dtype fp8, say what it does to the prompts' logits"
+    )
     add("--batch", metavar="N", type=positive_int, default=8, help="prompts at once (default: %(default)s)")
     add("--output", metavar="FILE", type=Path, help="write a JSON object a prompt to this file, too")
     add("--json", action="store_true", help="print these, and nothing else")
@@ -122,6 +131,7 @@ def _generate(args: argparse.Namespace) -> int:
             stops=args.stop,
             batch=args.batch,
             dtype=args.dtype,
+            logit_error=args.logit_error,
             output=args.output,
             as_json=args.json,
         )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 
-import torch
 import torch.distributed as dist
 
-from megatron_moe.convert.models import open_model
+from megatron_moe.convert.models import Model, open_model, read_config
 from megatron_moe.engine import device as devices
 from megatron_moe.engine import groups
 from megatron_moe.engine.device import Device
 from megatron_moe.inference.building import build
 from megatron_moe.inference.job import Job
 from megatron_moe.inference.layout import inference_experiment
+from megatron_moe.inference.network import Network
 from megatron_moe.inference.output import Output, stops_at, watched
+from megatron_moe.inference.precision import logit_error, logits_of
 from megatron_moe.inference.prompts import tokenizer_of
+from megatron_moe.inference.quantized import quantize
 
 _TIMEOUT_S = 600
 
@@ -27,8 +30,10 @@ def run(job: Job) -> int:
     device = join()
     model = open_model(job.model)
     tokenizer = tokenizer_of(model)
-    dtype = torch.float32 if job.dtype == "fp32" else device.resolve_precision(job.dtype)
+    dtype = device.resolve_precision("auto" if job.dtype == "fp8" else job.dtype)
     generator = build(inference_experiment(model.experiment, job.overrides), model.weights, device, dtype)
+    if job.dtype == "fp8":
+        _quantize(job, model, generator.network)
     output = Output(job, tokenizer) if dist.get_rank() == 0 else None
     generator.generate(
         [prompt.ids for prompt in job.prompts],
@@ -39,6 +44,26 @@ def run(job: Job) -> int:
     if output is not None:
         output.close()
     return 0
+
+
+def _quantize(job: Job, model: Model, network: Network) -> None:
+    """Put the weights into FP8, and say on request what that does to the logits."""
+    prompts = [prompt.ids for prompt in job.prompts]
+    exact = logits_of(network, prompts) if job.logit_error else []
+    quantize(network, _block(model))
+    if job.logit_error:
+        error = logit_error(exact, logits_of(network, prompts))
+        if dist.get_rank() == 0:
+            print(f"FP8: {error}", file=sys.stderr, flush=True)
+
+
+def _block(model: Model) -> list[int] | None:
+    """The blocks of a matrix that have scales in the model's own files; None where none are told of."""
+    if model.huggingface is None:
+        return None
+    config, _ = read_config(model.huggingface)
+    block: list[int] | None = (config.get("quantization_config") or {}).get("weight_block_size")
+    return block
 
 
 def join() -> Device:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.config.errors import InputError
 from megatron_moe.inference.network import Network
 from megatron_moe.inference.run import Run
 from megatron_moe.inference.settings import Generated, Settings, Stop, Token
@@ -67,9 +66,9 @@ class Generator:
             on_token: called on all ranks with each token as it comes, those of a prompt in order.
             stop: asked on all ranks of a replica after each token.
 
-        Raises InputError where a prompt is empty, or leaves no room behind it.
+        A prompt has at least one token, and one fewer at most than the model has positions.
         """
-        self._check(prompts)
+        assert all(0 < len(prompt) < self.network.positions for prompt in prompts)
         results = [Generated() for _ in prompts]
         mine = range(self.replica, len(prompts), self.replicas)
         for tokens in self._rounds(Run(self.network, prompts, mine, settings, stop)):
@@ -90,8 +89,7 @@ class Generator:
             tokens_at_once: tokens of a step; a longer sequence takes one by itself.
         """
         for sequence, start in zip(sequences, starts, strict=True):
-            assert 1 <= start <= len(sequence)
-        self._check(sequences, room=0)
+            assert 1 <= start <= len(sequence) <= self.network.positions
         mine = range(self.replica, len(sequences), self.replicas)
         own: dict[int, Likelihood] = {}
         batches = deque(_batches(sequences, mine, tokens_at_once))
@@ -136,17 +134,6 @@ class Generator:
                 batch, log_probs.split(lengths), greedy.split(lengths), strict=bool(batch)
             )
         }
-
-    def _check(self, prompts: Sequence[Sequence[int]], room: int = 1) -> None:
-        most = self.network.positions
-        for number, prompt in enumerate(prompts, 1):
-            if not prompt:
-                raise InputError(f"prompt {number}: has no tokens; give it at least one")
-            if len(prompt) + room > most:
-                raise InputError(
-                    f"prompt {number}: has {len(prompt)} tokens, and model.max_position_embeddings is "
-                    f"{most}: shorten it to at most {most - room}"
-                )
 
     def _rounds(self, run: Run) -> Iterator[list[Token]]:
         """What all replicas generate in each step. Those that are done go on with a token that nobody asked

@@ -11,7 +11,7 @@ from megatron_moe.inference.prompts import Prompt
 from megatron_moe.inference.sampling import Sampling
 from megatron_moe.inference.settings import Settings
 
-DType = Literal["auto", "fp32", "bf16"]
+DType = Literal["auto", "fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Job:
     Attributes:
         model: path of the model.
         overrides: its layout.
-        dtype: of weights and products; `auto`: what the device is fast in.
+        dtype: of weights and products; `auto`: what the device is fast in; `fp8`: of linear layers and
+            experts in memory, products as `auto`.
+        logit_error: say what FP8 does to the logits of the prompts.
         prompts: to be continued.
         settings: how.
         stops: texts at which a continuation ends.
@@ -33,6 +35,7 @@ class Job:
     model: str
     overrides: Sequence[str]
     dtype: DType
+    logit_error: bool
     prompts: Sequence[Prompt]
     settings: Settings
     stops: Sequence[str]

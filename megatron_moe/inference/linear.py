@@ -67,8 +67,12 @@ def lighten(model: torch.nn.Module) -> None:
     """Put these into the places of Megatron-Core's in a model that only infers."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+    from megatron_moe.model.latent_attention import DownProjection
+
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
+            if isinstance(child, DownProjection):
+                setattr(parent, name, Linear(child.weight, None, returns_bias=False))
             # The output layer is left as it is: it may have no weight of its own.
             if name == "output_layer" or not isinstance(child, (ColumnParallelLinear, RowParallelLinear)):
                 continue

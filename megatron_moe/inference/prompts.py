@@ -109,10 +109,23 @@ def encode(
             messages = [{"role": "system", "content": system}, *messages]
         ids = [int(token) for token in chat.prompt(messages)]
         prompts.append(Prompt(str(messages[-1]["content"]), ids, is_chat=True))
-    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt.ids]
-    if empty:
-        raise InputError(f"prompt {empty[0]}: is empty; give it some text")
+    most = model.experiment.model.max_position_embeddings
+    assert most is not None
+    if problems := list(_problems(prompts, most)):
+        raise InputError(*problems)
     return prompts
+
+
+def _problems(prompts: Sequence[Prompt], most: int) -> Iterator[str]:
+    """Prompts that cannot be continued by a model with so many positions."""
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.ids:
+            yield f"prompt {number}: is empty; give it some text"
+        elif len(prompt.ids) >= most:
+            yield (
+                f"prompt {number}: has {len(prompt.ids)} tokens, and model.max_position_embeddings is "
+                f"{most}: shorten it to at most {most - 1}"
+            )
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -42,6 +42,7 @@ class Request:
     stops: Sequence[str]
     batch: int
     dtype: str
+    logit_error: bool
     output: Path | None
     as_json: bool
 
@@ -57,6 +58,8 @@ def generate(request: Request) -> int:
             "--top-k and --top-p choose among what is drawn, and --temperature is 0, which draws nothing: "
             "give it, for example --temperature 1"
         )
+    if request.logit_error and request.dtype != "fp8":
+        raise InputError("--logit-error goes with --dtype fp8 only")
     given = _given(request)
     try:
         with signals_raise():
@@ -105,6 +108,7 @@ def _job(request: Request, given: list[Any]) -> tuple[Any, int]:
         model=str(request.model),
         overrides=list(request.overrides),
         dtype=request.dtype,  # type: ignore[arg-type]
+        logit_error=request.logit_error,
         prompts=prompts.encode(model, tokenizer, given, request.chat, request.system),
         settings=Settings(request.max_new_tokens, sampling, sorted(ends), request.batch),
         stops=list(request.stops),

@@ -33,22 +33,22 @@ def generated(
     settings: list[Settings],
 ) -> list[list[list[int]]]:
     """What each of the settings makes of the prompts."""
-    generator = _generator(experiment, weights, layout)
-    return [[result.tokens for result in generator.generate(prompts, each)] for each in settings]
+    made = generator(experiment, weights, layout)
+    return [[result.tokens for result in made.generate(prompts, each)] for each in settings]
 
 
 def each_alone(
     experiment: Experiment, weights: dict[str, Tensor], prompts: Prompts, settings: Settings
 ) -> list[list[int]]:
     """As `generated`, prompt by prompt."""
-    generator = _generator(experiment, weights, [])
-    return [generator.generate([prompt], settings)[0].tokens for prompt in prompts]
+    made = generator(experiment, weights, [])
+    return [made.generate([prompt], settings)[0].tokens for prompt in prompts]
 
 
 def likelihoods(
     experiment: Experiment, weights: dict[str, Tensor], layout: list[str], prompts: Prompts, starts: list[int]
 ) -> list[Likelihood]:
-    return _generator(experiment, weights, layout).log_likelihoods(prompts, starts, tokens_at_once=16)
+    return generator(experiment, weights, layout).log_likelihoods(prompts, starts, tokens_at_once=16)
 
 
 def drawn(experiment: Experiment) -> dict[str, Tensor]:
@@ -56,27 +56,27 @@ def drawn(experiment: Experiment) -> dict[str, Tensor]:
     plan = plans.make(experiment)
     groups.initialize_model_parallel(plan.layout, experiment.training.seed, timeout_s=60)
     chunks = build_chunks(experiment, plan, torch.float32)
-    generator = torch.Generator().manual_seed(3)
+    random = torch.Generator().manual_seed(3)
     for weight in chunks[0].parameters():
         if weight.dim() == 1:
-            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+            weight.data += 0.3 * torch.randn(weight.shape, generator=random)
     return by_name(sharded_weights(chunks))
 
 
 def heads_of_this_rank(experiment: Experiment, weights: dict[str, Tensor], layout: list[str]) -> Any:
     """Query heads, rows of the projection of queries, keys and values, columns of the output's, and heads in
     the cache."""
-    generator = _generator(experiment, weights, layout)
+    made = generator(experiment, weights, layout)
     caches: list[Cache] = []
-    attend = generator.network.attentions[0]
+    attend = made.network.attentions[0]
 
     def watching(hidden: Tensor, step: Step, cache: Cache, angles: Any) -> Any:
         caches.append(cache)
         return attend(hidden, step, cache, angles)
 
-    generator.network.attentions[0] = watching  # type: ignore[call-overload]
-    generator.generate([[1, 2, 3]], Settings(max_new_tokens=1))
-    attention = generator.network.layers[0].self_attention
+    made.network.attentions[0] = watching  # type: ignore[call-overload]
+    made.generate([[1, 2, 3]], Settings(max_new_tokens=1))
+    attention = made.network.layers[0].self_attention
     return (
         attention.num_attention_heads_per_partition,
         len(attention.linear_qkv.weight),
@@ -85,6 +85,6 @@ def heads_of_this_rank(experiment: Experiment, weights: dict[str, Tensor], layou
     )
 
 
-def _generator(experiment: Experiment, weights: dict[str, Tensor], layout: list[str]) -> Generator:
+def generator(experiment: Experiment, weights: dict[str, Tensor], layout: list[str]) -> Generator:
     device = devices.start(0)
     return build(inference_experiment(experiment, layout), InMemory(weights), device, torch.float32)
