@@ -33,6 +33,7 @@ def add_import(commands: Commands) -> None:
     )
     add(
         "--config",
+        dest="experiment",
         metavar="CONFIG",
         type=Path,
         help="an experiment of yours: stop where its model is not the one that config.json describes",
@@ -92,7 +93,7 @@ def _bytes(text: str) -> int:
 def _import(args: argparse.Namespace) -> int:
     from megatron_moe.convert.importing import import_model
 
-    import_model(args.source, args.out, args.dtype, args.config, args.workers)
+    import_model(args.source, args.out, args.dtype, args.experiment, args.workers)
     return 0
 
 

@@ -76,7 +76,7 @@ def export_model(
     count = sum(map(len, tensors.groups()))
     print(f"{out}: {family.name}, {count:,} tensors, {size / 1e9:,.2f} GB in {seconds:,.1f} s")
     if model.tokenizer is None:
-        print("It has no tokenizer: the model came with none.")
+        print("It has no tokenizer: put the one of the model beside it.")
 
 
 class Theirs:
