@@ -41,8 +41,8 @@ class Asked:
         self.records = records[first:]
         if not self.records:
             raise InputError(
-                f"{task.file}: all of its {len(records)} records are examples (few_shot: {count}), none is left "
-                "to ask; name few_shot_file"
+                f"{task.file}: all of its {len(records)} records are examples (few_shot: {count}), so that "
+                "none is left to ask; name few_shot_file"
             )
         self._examples = [(self._question.string(record), shown(record)) for record in examples]
 

@@ -30,7 +30,7 @@ def check(vocab_size: int, folder: str) -> None:
             f"--against {folder}: its vocabulary has {theirs} tokens, that of the model {vocab_size}: these "
             "are not the same model"
         )
-    optional("transformers", "transformers", f"--against {folder}")
+    optional("transformers", "evaluation", f"--against {folder}")
 
 
 def compare(
