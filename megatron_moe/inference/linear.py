@@ -52,7 +52,7 @@ class FeedForward(torch.nn.Module):
 
         if type(mlp) is not MLP:
             return False
-        config = mlp.config
+        config: Any = mlp.config
         plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
         return bool(config.gated_linear_unit and plain and not config.add_bias_linear)
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe.config.rule import set_value
 from megatron_moe.config.schema import Experiment
 from megatron_moe.inference.attention import CachedAttention
 from megatron_moe.inference.cache import Cache
@@ -41,8 +42,9 @@ class Network:
 
         self.model = getattr(chunk, "module", chunk).eval().requires_grad_(False)
         lighten(self.model)
-        self.vocab_size, self.dtype, self.config = experiment.model.vocab_size, dtype, self.model.config
-        self.positions = experiment.model.max_position_embeddings
+        self.dtype, self.config = dtype, self.model.config
+        self.vocab_size = set_value(experiment.model.vocab_size)
+        self.positions = set_value(experiment.model.max_position_embeddings)
         self.device = torch.device(torch.cuda.current_device())
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()

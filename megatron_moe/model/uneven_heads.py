@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_moe.config.schema import Experiment
+from megatron_moe.model.norms import NormOfAllHeads
 from megatron_moe.plan.inference import dealt
 
 
@@ -50,8 +51,8 @@ def uneven(attention: type[torch.nn.Module]) -> type[torch.nn.Module]:
             own.num_query_groups = self.count * ranks
             own.num_attention_heads = config.num_attention_heads // self.all_groups * own.num_query_groups
             super().__init__(own, *args, pg_collection=pg_collection, **kwargs)
-            for norm in (getattr(self, "q_layernorm", None), getattr(self, "k_layernorm", None)):
-                if hasattr(norm, "heads"):
+            for norm in self.modules():
+                if isinstance(norm, NormOfAllHeads):
                     norm.width = norm.width * self.all_groups // own.num_query_groups
 
         def sharded_state_dict(
