@@ -43,7 +43,8 @@ def import_model(
     sections = sections_of(folder, config, family)
     if config_path is None:
         experiment = experiment_of(folder, sections)
-        texts = {STARTER: starter_yaml(source, experiment, sections)}
+        origin = f"The model of {source.resolve().name}, as its config.json says"
+        texts = {STARTER: starter_yaml(source, experiment, sections, origin)}
     else:
         experiment = load(config_path).experiment
         problems = list(_disagreements(config_path, experiment, folder, config, family, sections))

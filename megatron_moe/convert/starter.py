@@ -13,22 +13,17 @@ _LENGTH = 2048
 """Tokens a sequence to begin with: what a model can read is often more than a machine can train."""
 
 
-def starter_yaml(
-    source: Path,
-    experiment: Experiment,
-    sections: dict[str, Any],
-    origin: str = "as its config.json says",
-) -> str:
+def starter_yaml(source: Path, experiment: Experiment, sections: dict[str, Any], origin: str) -> str:
     """A commented experiment that trains the model, to be written into its folder.
 
     Args:
         source: the folder that the model came in, with its tokenizer.
-        origin: how the model comes from what is there, in words.
+        origin: what the model is, in words.
     """
     length = min(_LENGTH, sections["model"].get("max_position_embeddings", _LENGTH))
     tokenizer = tokenizer_in(source)
     lines = [
-        f"# The model of {source.resolve().name}, {origin}. Say in `data` what to train it on, then:",
+        f"# {origin}. Say in `data` what to train it on, then:",
         "#   megatron-moe train experiment.yaml",
         "",
         f"name: {flow(experiment.name)}",

@@ -67,13 +67,14 @@ def upcycle_model(
     weights: Weights = Upcycled(model.weights, model.experiment, after, changes)
     if dtype is not None:
         weights = Cast(weights, DTYPES[dtype])
+    origin = f"A mixture of experts made of {model.experiment.name}"
     size = write_checkpoint(
         out,
         after,
         weights,
         came_with=model.huggingface,
         about={"upcycled": {"from": model.experiment.name, **asdict(changes)}},
-        texts={STARTER: starter_yaml(_companions(model), after, _sections(after), origin="upcycled")},
+        texts={STARTER: starter_yaml(_companions(model), after, _sections(after), origin)},
         workers=workers,
     )
     before, made = (count_parameters(experiment) for experiment in (model.experiment, after))
