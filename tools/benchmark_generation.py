@@ -27,7 +27,8 @@ PROMPTS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--new-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="(default: 1 8)")
