@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_moe.inference.step import Step
@@ -35,6 +36,7 @@ class Cache:
             kept.flatten(0, 1).index_copy_(0, places, x)
         return self.kept[layer]
 
+    @torch.inference_mode()  # as what stores: its tensors may not be changed outside
     def move(self, source: int, target: int, length: int) -> None:
         """Put the first `length` tokens of the sequence in slot `source` into slot `target`."""
         for kept in self.kept.values():
