@@ -94,7 +94,7 @@ def _job(request: Request, found: Path) -> tuple[Any, Any, int]:
     from megatron_moe.inference import prompts
     from megatron_moe.inference.evaluation import parity
     from megatron_moe.inference.evaluation.job import EvalJob
-    from megatron_moe.inference.evaluation.questions import Encoder
+    from megatron_moe.inference.evaluation.questions import Encoder, first_of
     from megatron_moe.inference.evaluation.reading import Choices, all_asked, read_tasks
     from megatron_moe.inference.layout import inference_experiment
     from megatron_moe.plan.layout import Layout
@@ -115,7 +115,7 @@ def _job(request: Request, found: Path) -> tuple[Any, Any, int]:
     asked = all_asked(
         tasks,
         request.texts,
-        lambda: Encoder(tokenizer, chat, _positions(experiment)),
+        lambda: Encoder(tokenizer, chat, _positions(experiment), first_of(model)),
         given,
         request.json_key,
         length,

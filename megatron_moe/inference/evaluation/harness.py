@@ -22,7 +22,7 @@ from megatron_moe.data.packed import optional
 from megatron_moe.inference.building import build
 from megatron_moe.inference.command import join
 from megatron_moe.inference.evaluation.command import Answering
-from megatron_moe.inference.evaluation.questions import Continuations, Encoder
+from megatron_moe.inference.evaluation.questions import Continuations, Encoder, first_of
 from megatron_moe.inference.evaluation.texts import windows
 from megatron_moe.inference.layout import inference_experiment
 from megatron_moe.inference.prompts import ends_of, hidden_of, tokenizer_of
@@ -63,13 +63,13 @@ class HarnessModel(_LM):
         self._answering = Answering(generator, tokenizer, ends, hidden, batch, is_chat=False)
         positions = experiment.model.max_position_embeddings
         assert positions is not None
-        self._encoder = Encoder(tokenizer, None, positions)
+        self._encoder = Encoder(tokenizer, None, positions, first_of(model))
         self._max_new_tokens, self._path = max_new_tokens, str(path)
         self._template = self._found_template(model.tokenizer.model if model.tokenizer is not None else None)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each request's (context, continuation): log-likelihood of the second after the first, and whether
-        it is the most likely one."""
+        """Of each request's (context, continuation): log-likelihood of the second after the first, and
+        whether it is the most likely one."""
         endings = [self._encoder.pair(*request.args) for request in requests]
         return [(answer.log_prob, answer.is_greedy) for answer in self._answering.endings(endings)]
 
@@ -77,8 +77,7 @@ class HarnessModel(_LM):
         """Of each request's (text,): its log-likelihood behind what begins a text, or the end of one. A text
         that is too long is cut into windows that share one token."""
         encoder, length = self._encoder, self._encoder.length
-        begin = encoder.beginning or [encoder.tokenizer.eod]
-        texts = [[*begin, *encoder.tokenizer.encode(request.args[0])] for request in requests]
+        texts = [[*encoder.before_all, *encoder.tokenizer.encode(request.args[0])] for request in requests]
         cut = [list(windows(ids, length, length - 1)) for ids in texts]
         answers = iter(self._answering.endings([window for own in cut for window in own]))
         return [sum(next(answers).log_prob for _ in own) for own in cut]

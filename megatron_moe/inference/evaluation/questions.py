@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_moe.config.errors import InputError
+from megatron_moe.convert.models import Model, read_config
 from megatron_moe.data.documents import BadRecord
 from megatron_moe.data.huggingface import HuggingFaceTokenizer
 from megatron_moe.data.instruction.chat import Chat
@@ -102,12 +103,17 @@ class Encoder:
     Args:
         chat: asks in the form of a chat; None: plain text.
         length: most tokens of a sequence.
+        first: an id behind which a text may begin (see `first_of`); None: the tokenizer's end of document.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat | None, length: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, chat: Chat | None, length: int, first: int | None = None
+    ) -> None:
         self.tokenizer, self.chat, self.length = tokenizer, chat, length
         self.beginning = _beginning(tokenizer)
         """Ids that the tokenizer puts before a text, as a rule one or none."""
+        self.before_all = self.beginning or [tokenizer.eod if first is None else first]
+        """What stands before a text whose first token is to be predicted."""
         self.cut = 0
         """Prompts whose beginning was left out, as they were too long."""
 
@@ -129,8 +135,7 @@ class Encoder:
         if blanks:
             context, continuation = context[:-blanks], context[-blanks:] + continuation
         if not context:
-            begin = self.beginning or [self.tokenizer.eod]
-            return self._cut(begin, self.tokenizer.encode(continuation))
+            return self._cut(self.before_all, self.tokenizer.encode(continuation))
         before = self.text(context)
         behind = self.text(context + continuation)[len(before) :]
         # Both together may be a single token.
@@ -150,7 +155,7 @@ class Encoder:
         to be."""
         most = max(1, self.length - room)
         self.cut += len(ids) > most
-        return (ids or [self.tokenizer.eod])[-most:]
+        return (ids or self.before_all)[-most:]
 
     def _asked(self, prompt: Prompt) -> Any:
         assert self.chat is not None
@@ -167,6 +172,16 @@ class Encoder:
         left_out = max(0, len(ids) - self.length)
         self.cut += left_out > 0
         return Ending(ids[left_out:], max(1, len(before) - left_out))
+
+
+def first_of(model: Model) -> int | None:
+    """The beginning of a text that config.json names, which lm-evaluation-harness puts before texts without a
+    prompt even where the tokenizer does not."""
+    if model.huggingface is None:
+        return None
+    config, _ = read_config(model.huggingface)
+    found = config.get("bos_token_id")
+    return found if isinstance(found, int) else None
 
 
 def _plain(prompt: Prompt) -> str:
