@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return SentencePieceTokenizer(f"{prefix}.model")
 
 
-def parts(tokenizer: Tokenizer, prompt: str, text: str, stops: list[str] = []) -> tuple[list[str], TextStream]:  # noqa: B006
+def parts(
+    tokenizer: Tokenizer, prompt: str, text: str, stops: Sequence[str] = ()
+) -> tuple[list[str], TextStream]:
     ids = tokenizer.encode(prompt)
     stream = TextStream(tokenizer, ids, {tokenizer.eod}, stops)
     # What a model would give after the prompt.
