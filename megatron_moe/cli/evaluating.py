@@ -35,7 +35,13 @@ def add_eval(commands: Commands) -> None:
     _add_text(parser)
     _add_tasks(parser)
     add("--limit", metavar="N", type=positive_int, help="only the first N records or documents of each")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of weights and products")
+    add(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp8"),
+        default="auto",
+        help="of weights and products (default: bf16 on a GPU, else fp32); fp8: linear layers and experts in "
+        "memory",
+    )
     add("--batch", metavar="N", type=positive_int, default=8, help="texts to generate at once (default: 8)")
     add("--output", metavar="FILE", type=Path, help="write the results as JSON to this file, too")
     add("--json", action="store_true", help="print them as JSON, and nothing else")

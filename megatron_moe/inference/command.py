@@ -22,6 +22,8 @@ from megatron_moe.inference.prompts import tokenizer_of
 from megatron_moe.inference.quantized import quantize
 
 _TIMEOUT_S = 600
+_COMPARED = 512
+"""Tokens of each prompt whose logits are compared."""
 
 
 def run(job: Job) -> int:
@@ -48,16 +50,16 @@ def run(job: Job) -> int:
 
 def _quantize(job: Job, model: Model, network: Network) -> None:
     """Put the weights into FP8, and say on request what that does to the logits."""
-    prompts = [prompt.ids for prompt in job.prompts]
+    prompts = [prompt.ids[:_COMPARED] for prompt in job.prompts]
     exact = logits_of(network, prompts) if job.logit_error else []
-    quantize(network, _block(model))
+    quantize(network, block_of(model))
     if job.logit_error:
         error = logit_error(exact, logits_of(network, prompts))
         if dist.get_rank() == 0:
             print(f"FP8: {error}", file=sys.stderr, flush=True)
 
 
-def _block(model: Model) -> list[int] | None:
+def block_of(model: Model) -> list[int] | None:
     """The blocks of a matrix that have scales in the model's own files; None where none are told of."""
     if model.huggingface is None:
         return None

@@ -11,9 +11,6 @@ from torch import Tensor
 from megatron_moe.inference.network import Network
 from megatron_moe.inference.step import Piece, Step
 
-_TOKENS = 512
-"""Of each prompt that is looked at."""
-
 
 @dataclass(frozen=True)
 class LogitError:
@@ -45,10 +42,9 @@ def logits_of(network: Network, prompts: Sequence[Sequence[int]]) -> list[Tensor
     """Logits [t, v] behind each token of the prompts, on all ranks. A collective over a replica."""
     found = []
     for prompt in prompts:
-        tokens = prompt[:_TOKENS]
-        step = Step((Piece(0, 0, tokens),), network.device)
+        step = Step((Piece(0, 0, prompt),), network.device)
         hidden = network.hidden(step, None)
-        logits = torch.empty(len(tokens), network.vocab_size, device=network.device)
+        logits = torch.empty(len(prompt), network.vocab_size, device=network.device)
         found.append(network.from_last(logits if hidden is None else network.logits(hidden).contiguous()))
     return found
 

@@ -142,7 +142,7 @@ def _windows(request: Request, experiment: Any) -> tuple[int, int]:
         raise InputError(
             f"--length {length}: must be from 2 to model.max_position_embeddings, which is {positions}"
         )
-    stride = request.stride or max(1, length // 2)
+    stride = request.stride or length // 2
     if stride >= length:
         raise InputError(
             f"--stride {stride}: must be less than the windows' {length} tokens, of which one at least is "

@@ -13,10 +13,10 @@ from megatron_moe.convert.models import open_model
 from megatron_moe.engine import device as devices
 from megatron_moe.inference.building import build
 from megatron_moe.inference.evaluation.command import Answering
-from megatron_moe.inference.evaluation.parity import logits_of
 from megatron_moe.inference.evaluation.questions import Answers, Questions
 from megatron_moe.inference.generation import Generator
 from megatron_moe.inference.layout import inference_experiment
+from megatron_moe.inference.precision import logits_of
 from megatron_moe.inference.prompts import ends_of, hidden_of, tokenizer_of
 
 
@@ -30,7 +30,7 @@ def answers(folder: Path, layout: list[str], asked: list[Questions]) -> list[Ans
 
 
 def logits(folder: Path, layout: list[str], ids: list[int]) -> torch.Tensor:
-    return logits_of(_generator(folder, layout), ids)
+    return logits_of(_generator(folder, layout).network, [ids])[0]
 
 
 def of_bridge(folder: Path, pairs: list[tuple[str, str]], texts: list[str], prompts: list[Any]) -> Any:

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_moe.convert.models import open_model
 from megatron_moe.data.tokenizers import Tokenizer
 from megatron_moe.inference.building import build
-from megatron_moe.inference.command import join
+from megatron_moe.inference.command import block_of, join
 from megatron_moe.inference.evaluation.job import EvalJob
 from megatron_moe.inference.evaluation.parity import compare
 from megatron_moe.inference.evaluation.questions import Answer, Answers, Continuations, Ending, Questions
@@ -23,6 +22,7 @@ from megatron_moe.inference.generation import Generator
 from megatron_moe.inference.layout import inference_experiment
 from megatron_moe.inference.output import watched
 from megatron_moe.inference.prompts import ends_of, hidden_of, tokenizer_of
+from megatron_moe.inference.quantized import quantize
 from megatron_moe.inference.sampling import Sampling
 from megatron_moe.inference.settings import Settings, Token
 from megatron_moe.inference.text import TextStream
@@ -40,8 +40,10 @@ def run(job: EvalJob) -> int:
     device = join()
     model = open_model(job.model)
     tokenizer = tokenizer_of(model)
-    dtype = torch.float32 if job.dtype == "fp32" else device.resolve_precision(job.dtype)
+    dtype = device.resolve_precision("auto" if job.dtype == "fp8" else job.dtype)
     generator = build(inference_experiment(model.experiment, job.overrides), model.weights, device, dtype)
+    if job.dtype == "fp8":
+        quantize(generator.network, block_of(model))
     ends = ends_of(model, tokenizer)
     answering = Answering(generator, tokenizer, ends, hidden_of(tokenizer, ends), job.batch, job.is_chat)
     with _progress(job) as advance:
@@ -51,7 +53,7 @@ def run(job: EvalJob) -> int:
         found = {
             "answers": [{"endings": of_one.endings, "texts": of_one.texts} for of_one in answers],
             "comparison": compared,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": "fp8" if job.dtype == "fp8" else str(dtype).removeprefix("torch."),
         }
         Path(job.found).write_text(json.dumps(found))
     return 0

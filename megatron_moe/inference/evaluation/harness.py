@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_moe.convert.models import open_model
 from megatron_moe.data.instruction.chat_template import ChatTemplate, find_template
 from megatron_moe.data.packed import optional
@@ -56,8 +54,7 @@ class HarnessModel(_LM):
         model = open_model(path)
         experiment = inference_experiment(model.experiment, overrides)
         tokenizer = tokenizer_of(model)
-        precision = torch.float32 if dtype == "fp32" else device.resolve_precision(dtype)
-        generator = build(experiment, model.weights, device, precision)
+        generator = build(experiment, model.weights, device, device.resolve_precision(dtype))
         ends = ends_of(model, tokenizer)
         hidden = hidden_of(tokenizer, ends)
         self._answering = Answering(generator, tokenizer, ends, hidden, batch, is_chat=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_moe.config.errors import InputError
 from megatron_moe.inference.evaluation.job import Comparison
 from megatron_moe.inference.generation import Generator
+from megatron_moe.inference.precision import logits_of
 from megatron_moe.inference.settings import Settings
-from megatron_moe.inference.step import Piece, Step
 
 
 def check(vocab_size: int, folder: str) -> None:
@@ -44,7 +44,7 @@ def compare(
     model = _load(comparison.folder, dtype, generator.network.device) if is_first else None
     tokens, losses, most, largest, agreeing = 0, [0.0, 0.0], 0.0, 0.0, 0
     for window in comparison.windows:
-        ours = logits_of(generator, window)
+        (ours,) = logits_of(generator.network, [window])
         if model is not None:
             theirs = _logits(model, window)[:, : ours.size(-1)]
             targets = torch.tensor(window[1:], device=ours.device)
@@ -77,17 +77,6 @@ def compare(
         "same_greedy_texts": same / len(expected),
         "same_greedy_tokens": alike / (len(expected) * comparison.new_tokens),
     }
-
-
-def logits_of(generator: Generator, ids: list[int]) -> Tensor:
-    """Logits [t, v] float32 of a sequence, on all ranks. Collective over all of them."""
-    network = generator.network
-    hidden = network.hidden(Step((Piece(0, 0, ids),), network.device), None)
-    assert network.vocab_size is not None
-    logits = torch.empty(len(ids), network.vocab_size, device=network.device)
-    if hidden is not None:
-        logits = network.logits(hidden).contiguous()
-    return network.from_last(logits)
 
 
 def _load(folder: str, dtype: torch.dtype, device: torch.device) -> Any:
