@@ -67,7 +67,7 @@ def test_text_task_and_parity_alone_and_over_ranks(folder: Path, tmp_path: Path)
     for one, other in zip(alone["results"], split["results"], strict=True):
         for name, metric in one["metrics"].items():
             assert other["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-5, abs=1e-5)
-            assert f"{metric['value']:.3f}" in shown
+            assert f"{other['metrics'][name]['value']:.4f}" in shown
     assert [result["name"] for result in split["results"]] == [str(tmp_path / "held_out.txt"), "best"]
     assert len(split["results"][1]["records"]) == 2
     for found in (alone["against"], split["against"]):
