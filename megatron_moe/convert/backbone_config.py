@@ -48,7 +48,7 @@ def read_backbone(config: ConfigJson, epsilon: float) -> Values:
     if activation not in _ACTIVATIONS:
         config.refuse("hidden_act", f"is none of {', '.join(_ACTIVATIONS)}")
     return {
-        "num_layers": config.integer("num_hidden_layers"),
+        "num_layers": config.layers(),
         "hidden_size": config.integer("hidden_size"),
         "ffn_hidden_size": config.integer("intermediate_size"),
         "vocab_size": vocabulary,
@@ -109,7 +109,7 @@ def window_from_layer(config: ConfigJson) -> tuple[int, list[bool]]:
     window = config.get("sliding_window", default=4096)
     if not config.get("use_sliding_window", default=False):
         window = 0
-    return window, [layer >= first for layer in range(config.integer("num_hidden_layers"))]
+    return window, [layer >= first for layer in range(config.layers())]
 
 
 def read_window(config: ConfigJson, window: int, with_window: list[bool] | None = None) -> Values:
@@ -119,7 +119,7 @@ def read_window(config: ConfigJson, window: int, with_window: list[bool] | None 
         window: 0 is none.
         with_window: one entry a layer, where config.json has no layer_types. None: all.
     """
-    layers = config.integer("num_hidden_layers")
+    layers = config.layers()
     given = config.get("layer_types", default=None)
     if given is not None:
         kinds = {"full_attention": False, "sliding_attention": True}

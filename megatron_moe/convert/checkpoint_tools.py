@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_moe.config.errors import InputError, not_written
+from megatron_moe.config.errors import InputError, RunError, not_written
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.convert.checkpoint_output import write_checkpoint
@@ -31,7 +32,7 @@ _NUMBER = re.compile(r"\.\d+\.")
 def average(sources: Sequence[Path], out: Path, shares: Sequence[float] | None) -> None:
     """Write the mean of several models of one shape. `shares`: how much of each; None: alike."""
     models = [open_model(source) for source in sources]
-    given = shares or [1.0] * len(models)
+    given = [x / max(shares) for x in shares] if shares else [1.0] * len(models)
     if len(given) != len(models):
         raise InputError(f"--shares: {len(given)} numbers for {len(models)} models; give one for each")
     names = [str(source) for source in sources]
@@ -99,13 +100,16 @@ def extract(source: Path, out: Path, patterns: Sequence[str]) -> None:
     aside = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: weights.read(name).contiguous() for name in names}, aside)
+        aside.touch()  # what keeps us from it is said by the system, and not by the library
+        save_file({name: weights.read(name).clone() for name in names}, aside)
         os.rename(aside, out)
-    except (OSError, SafetensorError) as error:
-        failure = error if isinstance(error, OSError) else OSError(str(error))
-        raise not_written(f"{out}: cannot be written", failure) from error
+    except OSError as error:
+        raise not_written(f"{out}: cannot be written", error) from error
+    except SafetensorError as error:
+        raise RunError(f"{out}: cannot be written: {error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
     print(f"{out}: {plural(len(names), 'weight')}, {out.stat().st_size / 1e6:,.1f} MB")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megatron_moe.convert.family import Json, NotOfFamily
 
 _T = TypeVar("_T")
+_MOST_LAYERS = 10_000
+"""As the schema allows them."""
 
 _ABOUT_THE_FILE = """
     _name_or_path _commit_hash architectures auto_map dtype model_type tokenizer_class torch_dtype
@@ -66,9 +68,16 @@ class ConfigJson:
     def integer(self, *spellings: str) -> int:
         """A number that every such file has. Raises NotOfFamily where it is missing."""
         if not any(key in self._config for key in spellings):
-            self._problems.append(f"{spellings[0]} is missing")
-            raise NotOfFamily("\n".join(self._problems))
+            self._stop(f"{spellings[0]} is missing")
         return self.get(*spellings, default=0)
+
+    def layers(self) -> int:
+        """num_hidden_layers. Raises NotOfFamily where lists of as many would fill the memory."""
+        key = "num_hidden_layers"
+        count = self.integer(key)
+        if count > _MOST_LAYERS:
+            self._stop(f"{key}: {count} is more than {_MOST_LAYERS:,}")
+        return count
 
     def require(self, key: str, wanted: object, why: str, default: object = None) -> None:
         """Note a problem unless the key has this value. Its default is `wanted` unless given."""
@@ -88,7 +97,15 @@ class ConfigJson:
         unknown = sorted(set(self._config) - self._asked)
         self._problems += [f"{key}: {self._config[key]!r} is not known here" for key in unknown]
         if self._problems:
-            raise NotOfFamily("\n".join(self._problems))
+            raise self._refusal()
+
+    def _stop(self, problem: str) -> NoReturn:
+        self._problems.append(problem)
+        raise self._refusal()
+
+    def _refusal(self) -> NotOfFamily:
+        # A key may have been asked for twice.
+        return NotOfFamily("\n".join(dict.fromkeys(self._problems)))
 
 
 _KINDS: Mapping[type, str] = {

@@ -39,12 +39,19 @@ class Dequantized:
     def __init__(self, files: SafetensorsFolder, config: Json) -> None:
         self._files = files
         given = config.get(CONFIG_KEY) or {}
+        if not isinstance(given, dict):
+            raise InputError(f"config.json: {CONFIG_KEY}: {given!r} is no section")
         if (method := given.get("quant_method", "fp8")) != "fp8":
             raise InputError(
                 f"config.json: {CONFIG_KEY}: quant_method {method!r} cannot be read; get the model without "
                 "quantization, or in FP8 with one scale a block or matrix"
             )
-        self._block = tuple(given.get("weight_block_size") or (_BLOCK, _BLOCK))
+        block = given.get("weight_block_size") or [_BLOCK, _BLOCK]
+        if not isinstance(block, list) or not all(type(size) is int and size > 0 for size in block):
+            raise InputError(
+                f"config.json: {CONFIG_KEY}: weight_block_size {block!r} is no list such as [128, 128]"
+            )
+        self._block = tuple(block)
         stored = files.inventory()
         self._scales = {
             name: next((name + suffix for suffix in _SUFFIXES if name + suffix in stored), None)

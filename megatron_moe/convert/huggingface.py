@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from megatron_moe.convert.safetensors_files import SafetensorsFolder
 from megatron_moe.convert.weights import Weight
 
 CONFIG = "config.json"
+_MOST_MISSING = 1_000_000
+"""Tensors, of which all are named that a folder lacks."""
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -34,9 +37,9 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, family: Family, experiment: Experiment) -> None:
         self._of = folder, family.name, experiment
         self._files = Dequantized(SafetensorsFolder(folder), json.loads((folder / CONFIG).read_bytes()))
-        groups = list(family.groups(experiment))
-        self._group = {name: group for group in groups for name in group.ours}
         stored = self._files.inventory()
+        groups = _no_more(family.groups(experiment), folder, len(stored))
+        self._group = {name: group for group in groups for name in group.ours}
         self._check_names(family, {name for group in groups for name in group.theirs}, stored)
         self._inventory: dict[str, Weight] = {}
         problems = [problem for group in groups for problem in self._take_in(group, stored)]
@@ -101,6 +104,10 @@ class HuggingFaceWeights:
     def _take_in(self, group: Group, stored: Mapping[str, Weight]) -> Iterator[str]:
         """Note what a group makes of the files' tensors, or say that it can make nothing of them."""
         given = [stored[name] for name in group.theirs]
+        for name, weight in zip(group.theirs, given, strict=True):
+            if not weight.dtype.is_floating_point:
+                dtype = str(weight.dtype).removeprefix("torch.")
+                yield f"{self._of[0]}: {name} is {dtype}, no float; get the model without quantization"
         try:
             made = converted(group.to_ours, given)
         except (RuntimeError, IndexError, ValueError):
@@ -110,6 +117,16 @@ class HuggingFaceWeights:
             yield f"{self._of[0]}: shapes that do not fit together or the config.json: {shapes}"
         else:
             self._inventory |= zip(group.ours, made, strict=True)
+
+
+def _no_more(groups: Iterator[Group], folder: Path, stored: int) -> list[Group]:
+    """The groups, unless there are so many that a config.json of a few bytes would fill the memory."""
+    found = list(itertools.islice(groups, stored + _MOST_MISSING + 1))
+    if len(found) > stored + _MOST_MISSING:
+        raise InputError(
+            f"{folder}: its files hold {stored:,} tensors, and {CONFIG} describes more than {len(found):,}"
+        )
+    return found
 
 
 def converted(function: object, weights: Sequence[Weight]) -> list[Weight]:

@@ -58,7 +58,10 @@ class Cast:
 
     def read(self, name: str) -> Tensor:
         tensor = self._weights.read(name)
-        return tensor.to(self._of(name, Weight(tuple(tensor.shape), tensor.dtype)))
+        cast = tensor.to(self._of(name, Weight(tuple(tensor.shape), tensor.dtype)))
+        if cast.dtype is torch.float16 and cast.isinf().any() and not tensor.isinf().any():
+            raise InputError(f"{name}: has numbers beyond 65504, the largest of fp16; use bf16 or fp32")
+        return cast
 
     def _of(self, name: str, weight: Weight) -> torch.dtype:
         return weight.dtype if name.endswith("expert_bias") else self._dtype
@@ -76,7 +79,10 @@ class Renamed:
         for old in weights.inventory():
             new = old
             for pattern, replacement in renames:
-                new, count = re.subn(pattern, replacement, new)
+                try:
+                    new, count = re.subn(pattern, replacement, new)
+                except (re.error, IndexError) as error:
+                    raise InputError(f"{pattern}={replacement}: {error}") from None
                 used |= {pattern} if count else set()
             if new in self._old:
                 raise InputError(f"{old} and {self._old[new]} would both be called {new}")

@@ -93,11 +93,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Family]:
     if not isinstance(config, dict):
         raise InputError(f"{path}: is not the description of a model")
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f'{path}: architectures: {names!r} is no list of names, such as ["LlamaForCausalLM"]'
+        )
     for family in FAMILIES.values():
         if set(family.architectures) & set(names):
             return config, family
     known = ", ".join(name for family in FAMILIES.values() for name in family.architectures)
-    given = ", ".join(map(str, names)) or "none"
+    given = ", ".join(names) or "none"
     raise InputError(f"{path}: architectures: {given}, which is not known here; known ones: {known}")
 
 

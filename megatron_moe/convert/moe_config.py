@@ -46,7 +46,7 @@ def read_softmax(config: ConfigJson, normalized: bool = False) -> Values:
 
 def read_sparse_layers(config: ConfigJson) -> Values:
     """Keys of `moe`, from decoder_sparse_step and mlp_only_layers (Qwen)."""
-    layers = config.integer("num_hidden_layers")
+    layers = config.layers()
     step, nothing = config.get("decoder_sparse_step", default=1), list[int]()
     dense = config.get("mlp_only_layers", default=nothing)
     if step < 1:

@@ -127,7 +127,7 @@ def _section(config: ConfigJson, theta: float, default: Values) -> tuple[float, 
         longest = config.integer("max_position_embeddings")
         before = config.get("original_max_position_embeddings", default=longest)
         scaling.setdefault("original_max_position_embeddings", before)
-        if kind == "yarn":
+        if kind == "yarn" and scaling["original_max_position_embeddings"]:
             scaling.setdefault("factor", longest / scaling["original_max_position_embeddings"])
     if unknown := set(scaling) - set(_OF_KIND[kind]):
         config.refuse(key, f"has {', '.join(sorted(unknown))}, which {kind} does not read")

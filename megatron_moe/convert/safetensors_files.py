@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -32,7 +33,9 @@ class SafetensorsFolder:
         self._folder = folder
         self._stored: dict[str, Stored] = {}
         problems: list[str] = []
-        for path, names in _files(folder):
+        files = list(_files(folder))
+        listed = {name for _, names in files for name in names}
+        for path, names in files:
             try:
                 found = read_header(path)
             except InputError as error:
@@ -40,7 +43,14 @@ class SafetensorsFolder:
                 continue
             if lacking := sorted(names - found.keys()):
                 problems.append(f"{path}: lacks what {INDEX} says it holds: {', '.join(lacking)}")
-            self._stored |= found
+            for name, stored in found.items():
+                other = self._stored.get(name)
+                if other is None or name in names:
+                    self._stored[name] = stored
+                elif name not in listed:
+                    problems.append(
+                        f"{path}: holds {name}, and so does {other.path.name}; remove one of them"
+                    )
         if problems:
             raise InputError(*problems)
 
@@ -73,7 +83,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     """The files with weights, and which tensors each must hold at least."""
     if (folder / INDEX).is_file():
         yield from _indexed(folder).items()
-    elif (folder / SINGLE).exists():
+    elif os.path.lexists(folder / SINGLE):
         yield folder / SINGLE, set()
     else:
         raise InputError(_why_none(folder))

@@ -7,6 +7,7 @@ cannot write a file piece by piece.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a file by name. Raises InputError where the file is missing, cut short, or none."""
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise InputError(f"{path}: is no file")
         with path.open("rb") as file:
             length_bytes = file.read(8)
             if (length_bytes + file.read(len(_LFS_POINTER))).startswith(_LFS_POINTER):
@@ -83,14 +86,17 @@ def _cut_short(path: Path, size: int, wanted: int) -> str:
 
 def _stored(path: Path, data: int, name: str, entry: Any) -> Stored:
     try:
-        dtype, shape = DTYPES.get(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+        dtype, shape = DTYPES.get(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
+        is_described = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: is no safetensors file: {name} is not described") from None
+        is_described = False
+    if not is_described:
+        raise InputError(f"{path}: is no safetensors file: {name} is not described")
     if dtype is None:
         raise InputError(f"{path}: {name} has dtype {entry['dtype']}, which is not known here")
     weight = Weight(shape, dtype)
-    if min(shape, default=0) < 0 or begin < 0 or end - begin != weight.bytes:
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise InputError(f"{path}: is no safetensors file: {name} has other bytes than its shape and dtype")
     return Stored(path, data + begin, weight)
 

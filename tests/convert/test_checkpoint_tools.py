@@ -106,6 +106,13 @@ def test_an_expert_is_taken_out_as_a_file(mixture: Path, tmp_path: Path) -> None
         assert torch.equal(tensor, open_model(mixture).weights.read(name))
 
 
+def test_parts_of_one_matrix_are_taken_out_of_a_hugging_face_folder(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", "deepseek_v2")
+    out = tmp_path / "out" / "all.safetensors"
+    assert main(["checkpoint", "extract", str(source), str(out), "*"]) == 0
+    assert {*tensors_of(out.parent)} == {*open_model(source).weights.inventory()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -123,6 +130,8 @@ def test_an_expert_is_taken_out_as_a_file(mixture: Path, tmp_path: Path) -> None
         (["checkpoint", "extract", "{dense}", "{out}", "*"], "ending in .safetensors"),
         (["checkpoint", "rename", "{dense}", "{out}", "decoder=x"], "are missing"),
         (["checkpoint", "rename", "{dense}", "{out}", "(=x"], "is no regular expression"),
+        (["checkpoint", "rename", "{dense}", "{out}", r"decoder=\9"], "invalid group reference"),
+        (["checkpoint", "extract", "{dense}", "{dense}/config.json/x.safetensors", "*"], "cannot be written"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line_and_nothing_is_written(

@@ -42,6 +42,13 @@ def test_a_cast_leaves_biases_that_balance_experts_in_float32() -> None:
     ]
 
 
+def test_a_cast_beyond_the_range_of_fp16_is_refused() -> None:
+    large = InMemory({"a": torch.tensor([1.0, 7e4])})
+    assert Cast(large, torch.bfloat16).read("a").isfinite().all()
+    with pytest.raises(InputError, match="a: has numbers beyond 65504"):
+        Cast(large, torch.float16).read("a")
+
+
 def test_renaming_moves_every_weight_once() -> None:
     renamed = Renamed(InMemory(MIXTURE), [(r"^decoder\.", "encoder.")])
     assert [*renamed.inventory()] == [name.replace("decoder", "encoder") for name in MIXTURE]

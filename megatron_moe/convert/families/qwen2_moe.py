@@ -52,7 +52,7 @@ def _windows(given: ConfigJson) -> tuple[int, list[bool]]:
     window = given.get("sliding_window", default=4096)
     if not given.get("use_sliding_window", default=False):
         window = 0
-    return window, [layer % 2 == 0 and layer < last for layer in range(given.integer("num_hidden_layers"))]
+    return window, [layer % 2 == 0 and layer < last for layer in range(given.layers())]
 
 
 def config(e: Experiment) -> dict[str, Any]:
