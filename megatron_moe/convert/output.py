@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moe.config.errors import InputError, RunError, not_written
+from megatron_moe.data.staging import staging
 
 NOT_COMPANIONS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".incomplete"),
@@ -19,33 +20,35 @@ NOT_COMPANIONS = (
 
 @contextlib.contextmanager
 def made_aside(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """A folder beside `out` to write into. It gets that name when all is written, and is removed where
-    something fails.
+    """A folder beside `out` to write into, for this process alone. It gets that name when all is written, and
+    is removed where something fails, with what a killed process left.
 
     Args:
         needed_bytes: what will be written at least.
 
-    Raises InputError where `out` is there already or cannot be made, RunError where the disk is full.
+    Raises InputError where `out` is there already, cannot be made, or is being written by another process;
+    RunError where the disk is full.
     """
-    if os.path.lexists(out):
-        raise InputError(f"{out}: is there already; name a folder that is not, or remove it")
-    aside = out.with_name(f".{out.name}.part")
+    _check_free(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if aside.exists():  # a writer died
-            shutil.rmtree(aside)
-        free = shutil.disk_usage(out.parent).free
-        if free < needed_bytes:
-            raise RunError(
-                f"{out}: needs {needed_bytes / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; make room"
-            )
-        aside.mkdir()
-        yield aside
-        os.rename(aside, out)
+        with staging(out, wait=False) as aside:
+            _check_free(out)  # another process may have made it meanwhile
+            room = shutil.disk_usage(aside).free
+            if room < needed_bytes:
+                raise RunError(
+                    f"{out}: needs {needed_bytes / 1e9:,.1f} GB, and {room / 1e9:,.1f} GB are free; make room"
+                )
+            ready = aside / "ready"
+            ready.mkdir()
+            yield ready
+            os.rename(ready, out)
     except OSError as error:
         raise not_written(f"{out}: cannot be written", error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_free(out: Path) -> None:
+    if os.path.lexists(out) or not out.name:
+        raise InputError(f"{out}: is there already; name a folder that is not, or remove it")
 
 
 def copy_companions(source: Path, into: Path) -> None:
