@@ -24,6 +24,7 @@ from chat_cases import (
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.data.documents import BadRecord
+from megatron_moe.data.instruction import chat_template
 from megatron_moe.data.instruction.chat import Chat, open_chat
 from megatron_moe.data.instruction.chat_template import ChatTemplate
 from megatron_moe.data.tokenizers import BytesTokenizer, load_tokenizer
@@ -112,6 +113,13 @@ ESCAPES = {
 def test_a_template_stays_in_its_sandbox(template: str) -> None:
     with pytest.raises(BadRecord, match="refuses it"):
         ChatTemplate("x.jinja", template, {}).render(ONE)
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.1)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(BadRecord, match=r"refuses it: it computes for more than 0\.1 s"):
+        ChatTemplate("x.jinja", loops, {}).render(ONE)
 
 
 def test_what_cannot_be_told_apart_is_refused_in_words(tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_every_type_of_file_gives_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert expected.place(12).endswith("plain.jsonl:13")
 
 
+def test_bytes_of_parquet_are_no_text(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": [b"2 + 2"], "answer": ["4"]}), rows)
+    with pytest.raises(InputError, match=r"rows\.parquet: row 1: the key 'question' is .*bytes.*not a text"):
+        prepared(tmp_path, [str(rows)])
+
+
 def test_records_are_tokenized_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = jsonl(tmp_path / "a.jsonl", MANY)
     first = records_of(prepared(tmp_path, [train])).folder

@@ -20,9 +20,12 @@ from megatron_moe.config.errors import InputError
 from megatron_moe.config.huggingface_files import read_json_beside, tokenizer_json
 from megatron_moe.data.documents import BadRecord
 from megatron_moe.data.instruction.messages import Message
+from megatron_moe.data.instruction.time_limit import at_most
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_SECONDS = 60.0
+"""Of computing, which a conversation may take: long ones take a thousandth of one."""
 Span = tuple[int, int]
 """First character and the one behind the last."""
 
@@ -70,10 +73,12 @@ class ChatTemplate:
         environment.parts = parts
         try:
             given = {"messages": messages, "tools": None, "documents": None, **self.special_tokens}
-            for part in self._compiled.generate(add_generation_prompt=add_generation_prompt, **given):
-                parts.append(part)
+            with at_most(_SECONDS):
+                for part in self._compiled.generate(add_generation_prompt=add_generation_prompt, **given):
+                    parts.append(part)
         except Exception as error:  # what a template does may raise anything
-            raise BadRecord(f"the chat template ({self.source}) refuses it: {error}") from None
+            why = str(error) or type(error).__name__
+            raise BadRecord(f"the chat template ({self.source}) refuses it: {why}") from None
         spans = [(begin, begin + len(text)) for begin, text in environment.answers]
         return "".join(parts), spans, [text for _, text in environment.answers]
 

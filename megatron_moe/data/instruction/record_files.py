@@ -66,5 +66,10 @@ class _ParquetRecords(ParquetFile):
             )
 
     def _chunk(self, batch: Any) -> Chunk:
-        lines = [json.dumps(row, default=str).encode() for row in batch.to_pylist()]
+        lines = [json.dumps(row, default=_no_json).encode() for row in batch.to_pylist()]
         return Chunk(self.path, self._rows_read + 1, b"\n".join(lines), "record")
+
+
+def _no_json(value: Any) -> dict[str, str]:
+    """What JSON has no word for, such as bytes, so that it is not taken for a text."""
+    return {type(value).__name__: str(value)}
