@@ -52,9 +52,14 @@ def differences(experiment: Experiment, model: Model) -> Iterator[Problem]:
         if _FOLLOWS.get(key) in found:
             continue
         text = f"disagrees with the model that {KEY} names, which has {shown(other)}"
-        yield Problem((key, KEY), text, f"set it to {shown(other)}" if other is not None else "leave it out")
+        remedy = f"set it to {shown(other)}" if other is not None else "leave it out"
+        if isinstance(other, dict):
+            remedy = "describe it as there"
+        yield Problem((key, KEY), text, remedy)
     rows = padded_vocab_size(source)
-    if not isinstance(model.weights, HuggingFaceWeights) and padded_vocab_size(experiment) != rows:
+    if "model.vocab_size" in found or isinstance(model.weights, HuggingFaceWeights):
+        return
+    if padded_vocab_size(experiment) != rows:
         key = "model.make_vocab_size_divisible_by"
         text = f"gives another number of rows to the embedding than the model that {KEY} names has, {rows}"
         yield Problem((key, KEY), text, f"set it to {source.model.make_vocab_size_divisible_by}")
