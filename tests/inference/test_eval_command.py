@@ -14,6 +14,7 @@ import pytest
 from letter_models import write_model
 
 from megatron_moe.cli import main
+from megatron_moe.config.errors import InputError
 from megatron_moe.convert.models import open_model
 from megatron_moe.inference.evaluation.questions import Answers, Encoder
 from megatron_moe.inference.evaluation.reading import Choices, asked_of, read_tasks
@@ -130,12 +131,13 @@ def test_a_program_is_found_in_a_chat(folder: Path, tmp_path: Path) -> None:
         ([GOOD], {"few_shot": 1}, "none is left to ask"),
         ([GOOD], {"few_shot": 2}, "2 examples, but"),
         ([GOOD], {"prompt": "{{ question }}"}, "records.jsonl:1: task.prompt: 'question' is undefined"),
-        ([{"q": "1"}], {"prompt": "{{ question"}, "task.prompt: is no jinja template"),
+        ([{"q": "1"}], {"prompt": "{{ question"}, "task.yaml:3: prompt: is no jinja template"),
+        ([GOOD], {"answer": "{% if %}"}, "task.yaml:5: answer: is no jinja template"),
         ([GOOD], {"prompt": "{{ ''.__class__.__mro__ }}"}, "unsafe"),
         ([{"q": "1"}], {"file": "gone.jsonl"}, "gone.jsonl"),
         ([{"q": "1"}], {"kind": "multiple_choise"}, "did you mean multiple_choice?"),
         ([{"q": "1"}], {"kind": "exact_match", "stopp": ["x"]}, "stopp: unknown key; did you mean stop?"),
-        ([{"q": "1"}], {"kind": "exact_match", "extract": "(", "choices": None}, "choices: unknown key"),
+        ([{"q": "1"}], {"kind": "multiple_choice", "extract": "("}, "extract: unknown key"),
         ([{"q": "1"}], {"few_shot": -1}, "few_shot: must be a whole number of at least 0 (-1)"),
     ],
 )
@@ -172,6 +174,7 @@ def test_what_is_wrong_with_a_task_is_said_in_a_line(
         (["--text", "one.txt"], "has no document of at least 2 tokens"),
         (["--text", "a.txt", "parallel.context_parallel_size=2"], "is not for inference"),
         (["--task", "p.yaml", "--k", "2"], "1 are too few for pass@2"),
+        (["--task", "p.yaml", "--top-p", "0.5"], "at temperature 0 nothing is"),
         (["--task", "p.yaml", "--samples", "2"], "would all be the same at temperature 0"),
     ],
 )
@@ -189,6 +192,12 @@ def test_what_is_wrong_with_the_command_is_said_in_a_line(
     monkeypatch.chdir(tmp_path)
     assert main(["eval", str(folder), *arguments]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_wrong_expression_is_said_with_its_line(tmp_path: Path) -> None:
+    task = task_in(tmp_path, [], kind="exact_match", prompt="q", answer="a", extract="(")
+    with pytest.raises(InputError, match=r"task.yaml:5: extract: "\(" is no regular expression"):
+        read_tasks([task], Choices())
 
 
 def test_a_model_needs_its_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,11 @@ class AskedPrograms:
                 f"{key}: {task.samples} would all be the same at temperature 0; set temperature "
                 "(--temperature), for example to 0.8"
             )
+        if task.top_p < 1 and task.temperature == 0:
+            raise InputError(
+                f"{task.name}: top_p (--top-p) chooses among what is drawn, and at temperature 0 nothing is: "
+                "set temperature (--temperature), for example to 0.8"
+            )
         sandbox.run("pass", sandbox.Limits())  # where nothing can be isolated, nothing is generated either
         self._program = Expression(key_in(task, "program"), task.program)
         self._in_chat = Expression(key_in(task, "program_in_chat"), task.program_in_chat)

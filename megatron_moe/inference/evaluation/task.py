@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 from pydantic import Field, ValidationError
 
 from megatron_moe.config.errors import InputError
-from megatron_moe.config.origin import KeyPath, dotted, shown
+from megatron_moe.config.origin import KeyPath, shown
 from megatron_moe.config.schema.section import Section
 from megatron_moe.config.wording import expected, remedy
 from megatron_moe.config.yaml_tree import Tree, parse
+from megatron_moe.inference.evaluation.records import Expression
 
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 PositiveCount: TypeAlias = Annotated[int, Field(ge=1)]
@@ -122,6 +123,7 @@ KINDS: dict[str, type[Task]] = {
     "programs": Programs,
 }
 _PATTERNS = ("extract", "ignore")
+_EXPRESSIONS = ("prompt", "answer", "choices", "labels", "few_shot_answer", "program", "program_in_chat")
 
 
 def read_task(path: Path) -> Task:
@@ -140,7 +142,7 @@ def read_task(path: Path) -> Task:
         task = KINDS[kind].model_validate(tree.values)
     except ValidationError as error:
         raise InputError(*_problems(path, tree, KINDS[kind], error)) from None
-    if problems := _wrong_patterns(path, tree, task):
+    if problems := _wrong_texts(path, tree, task):
         raise InputError(*problems)
     here = path.parent
     return task.model_copy(
@@ -181,16 +183,23 @@ def _problems(path: Path, tree: Tree, kind: type[Task], error: ValidationError) 
     return list(lines.values())
 
 
-def _wrong_patterns(path: Path, tree: Tree, task: Task) -> list[str]:
+def _wrong_texts(path: Path, tree: Tree, task: Task) -> list[str]:
+    """Regular expressions and templates that are none."""
     found = []
-    for name in _PATTERNS:
-        given = getattr(task, name, None) or []
-        for pattern in [given] if isinstance(given, str) else given:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                where = _place(path, tree, (name,))
-                found.append(f"{where}{name}: {shown(pattern)} is no regular expression: {error}; correct it")
+    for name in type(task).model_fields:
+        given = getattr(task, name)
+        where = f"{_place(path, tree, (name,))}{name}"
+        for text in given if isinstance(given, list) else [given]:
+            if name in _PATTERNS and text is not None:
+                try:
+                    re.compile(text)
+                except re.error as error:
+                    found.append(f"{where}: {shown(text)} is no regular expression: {error}; correct it")
+            elif name in _EXPRESSIONS and text is not None:
+                try:
+                    Expression(where, text)
+                except InputError as error:
+                    found += error.problems
     return found
 
 
@@ -203,4 +212,4 @@ def _place(path: Path, tree: Tree, location: KeyPath) -> str:
 
 def key_in(task: Task, name: str) -> str:
     """How errors call a key of a task."""
-    return f"{task.name}.{dotted((name,))}"
+    return f"{task.name}.{name}"
