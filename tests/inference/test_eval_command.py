@@ -196,7 +196,7 @@ def test_what_is_wrong_with_the_command_is_said_in_a_line(
 
 def test_a_wrong_expression_is_said_with_its_line(tmp_path: Path) -> None:
     task = task_in(tmp_path, [], kind="exact_match", prompt="q", answer="a", extract="(")
-    with pytest.raises(InputError, match=r"task.yaml:5: extract: "\(" is no regular expression"):
+    with pytest.raises(InputError, match=r'task.yaml:5: extract: "\(" is no regular expression'):
         read_tasks([task], Choices())
 
 
