@@ -39,12 +39,17 @@ def targets_are_there(e: Experiment) -> Problems:
 
 
 def adapters_can_be_built(e: Experiment) -> Problems:
-    """Transformer Engine's layers compute the norm inside; experts' parts of adapters are equal."""
+    """Transformer Engine's layers compute the norm inside; an adapter is less than its matrix; experts' parts
+    of adapters are equal."""
     if (lora := e.training.lora) is None:
         return
     if e.model.spec != "native":
         text = f"cannot be added under model.spec {e.model.spec}, whose projections hold the norm before them"
         yield Problem((_LORA, "model.spec"), text, "set model.spec to native")
+    if lora.rank > e.model.hidden_size:
+        keys = (f"{_LORA}.rank", "model.hidden_size")
+        text = f"is more than {keys[1]} ({e.model.hidden_size}), the rank of the whole matrix"
+        yield Problem(keys, text, "use less, such as 16, or train the model itself")
     parts = set_value(e.parallel.expert_tensor_parallel_size)
     if "experts" in lora.targets and e.model.hidden_size % parts:
         keys = (_TARGETS, "model.hidden_size", ETP)

@@ -34,6 +34,9 @@ def keys_of_records(e: Experiment) -> Problems:
     if i.prompt_key is None and i.input_key is not None:
         keys = (f"{_SECTION}.input_key", prompt)
         yield Problem(keys, f"has no effect without {prompt}", f"set {prompt} too, or leave it out")
+    if i.answer_key is not None and i.answer_key in (i.prompt_key, i.input_key):
+        text = "is the key of what is asked, too"
+        yield Problem((answer, prompt), text, "name the key that holds the answer")
     if i.messages_key is not None and i.prompt_key is not None:
         text = f"and {prompt} are both set, and a record is one of the two"
         yield Problem((messages, prompt), text, "keep one of the two")

@@ -44,6 +44,14 @@ FINETUNING_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     (
         "adapters_can_be_built",
         DENSE,
+        [lora("attention"), "training.lora.rank=65", "model.hidden_size=64"],
+        ["training.lora.rank=64"],
+        "training.lora.rank",
+        "the rank of the whole matrix",
+    ),
+    (
+        "adapters_can_be_built",
+        DENSE,
         [lora("attention"), "model.spec=transformer_engine"],
         ["model.spec=native"],
         L,

@@ -54,6 +54,14 @@ INSTRUCTION_CASES: list[tuple[str, str, list[str], list[str], str, str]] = [
     (
         "keys_of_records",
         CHAT,
+        [f"{SECTION}.prompt_key=q", f"{SECTION}.answer_key=q"],
+        [f"{SECTION}.answer_key=a"],
+        f"{SECTION}.answer_key",
+        "is the key of what is asked, too",
+    ),
+    (
+        "keys_of_records",
+        CHAT,
         [f"{SECTION}.input_key=given"],
         [f"{SECTION}.input_key=null"],
         f"{SECTION}.input_key",
