@@ -33,7 +33,9 @@ def logits(folder: Path, layout: list[str], ids: list[int]) -> torch.Tensor:
     return logits_of(_generator(folder, layout).network, [ids])[0]
 
 
-def of_bridge(folder: Path, pairs: list[tuple[str, str]], texts: list[str], prompts: list[Any]) -> Any:
+def of_bridge(
+    folder: Path, layout: list[str], pairs: list[tuple[str, str]], texts: list[str], prompts: list[Any]
+) -> Any:
     """What lm-evaluation-harness is told, by a stand-in for its class."""
     stand_in = types.ModuleType("lm_eval.api.model")
     stand_in.LM = type("LM", (), {"__init__": lambda self: None})  # type: ignore[attr-defined]
@@ -41,7 +43,7 @@ def of_bridge(folder: Path, pairs: list[tuple[str, str]], texts: list[str], prom
     sys.modules["lm_eval.api.model"] = stand_in
     from megatron_moe.inference.evaluation.harness import HarnessModel
 
-    model = HarnessModel(folder, dtype="fp32")
+    model = HarnessModel(folder, layout, dtype="fp32")
     return (
         model.loglikelihood([_request(pair) for pair in pairs]),
         model.loglikelihood_rolling([_request((text,)) for text in texts]),

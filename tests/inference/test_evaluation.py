@@ -210,13 +210,14 @@ def test_standard_errors_and_pass_at_k_are_the_published_formulas() -> None:
 
 
 @pytest.mark.second_pair
-def test_the_bridge_answers_as_lm_evaluation_harness_asks(folder: Path) -> None:
+@pytest.mark.parametrize("layout", [[], TP2])
+def test_the_bridge_answers_as_lm_evaluation_harness_asks(folder: Path, layout: list[str]) -> None:
     pairs = [("To be, or", " not"), ("", "that is"), ("It is ", "the east")]
     texts = ["Speak, speak.", TEXTS[0]]
     settings = {"until": ["zzz"], "max_gen_toks": 4, "do_sample": False}
-    (found,) = ranks(1).run(
-        evaluation_on_ranks.of_bridge, folder, pairs, texts, [("To be", settings), ("O", settings)]
-    )
+    asked = pairs, texts, [("To be", settings), ("O", settings)]
+    found, *others = ranks(2 if layout else 1).run(evaluation_on_ranks.of_bridge, folder, layout, *asked)
+    assert all(other == found for other in others)
     likelihoods, rolling, generated, chat = found
     exact = [
         log_probs(ids_of("To be, or not"))[-4:].sum(),
