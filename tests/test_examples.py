@@ -15,6 +15,7 @@ from megatron_moe.convert.importing import import_model
 from megatron_moe.convert.upcycle import upcycle_model
 from megatron_moe.convert.upcycling_rules import Changes
 from megatron_moe.inference.evaluation.task import read_task
+from megatron_moe.plan.costs.parameters import flops_per_token
 
 ROOT = Path(__file__).parents[1]
 SHORTER = "training.seq_length=32"  # the tiny model knows 64 positions
@@ -64,3 +65,12 @@ def test_word_problems_start_from_the_model_and_learn_answers(root: Path) -> Non
 def test_answers_are_asked_for_as_they_were_learned() -> None:
     task = read_task(ROOT / "examples" / "finetuning" / "answers.yaml")
     assert (task.prompt, task.name) == ("question", "answers")
+
+
+def test_a_token_costs_the_mixture_what_it_costs_its_dense_twin() -> None:
+    moe, dense = (
+        load(ROOT / "examples" / "equal_flops" / f"{name}.yaml").experiment for name in ("moe", "dense")
+    )
+    assert moe.training == dense.training
+    # The router, 8 rows of 128 in each of 4 layers, is what the mixture has beyond it.
+    assert flops_per_token(moe) - flops_per_token(dense) == 3 * 2 * 4 * 8 * 128

@@ -115,7 +115,7 @@ def table(runs: list[Run]) -> str:
     """A Markdown table: what each run is and where it ended."""
     lines = [
         "| run | parameters, M (active) | steps, tokens | TFLOP | loss, first step | held-out at the end "
-        "(best) | similarity of experts |",
+        "(best) | 1 - similarity of experts |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
@@ -128,7 +128,7 @@ def table(runs: list[Run]) -> str:
             f"{run.flops_per_step * steps / 1e12:,.1f}",
             f"{run.loss[0, 1]:.3f}",
             f"{held_out[-1]:.3f} ({held_out.min():.3f})" if len(held_out) else "",
-            f"{alike[0]:.4f} to {alike[-1]:.4f}" if len(alike) else "",
+            f"{1 - alike[0]:.1e} to {1 - alike[-1]:.1e}" if len(alike) else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -179,11 +179,15 @@ def _similarities(panel: Axes, runs: list[Run]) -> None:
     for run, colour in zip(runs, COLOURS, strict=False):
         if len(run.similarity):
             steps, mean, low, high = run.similarity.T
-            panel.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-            panel.plot(steps, mean, color=colour, linewidth=1.8, label=run.label)
+            panel.fill_between(steps, 1 - high, 1 - low, color=colour, alpha=0.15, linewidth=0)
+            panel.plot(steps, 1 - mean, color=colour, linewidth=1.8, label=run.label)
     _label(
-        panel, "How alike the experts of a layer are", "mean cosine; band: lowest to highest layer", "step"
+        panel,
+        "How far apart the experts of a layer are",
+        "1 - mean cosine between two experts' weights; band: all layers",
+        "step",
     )
+    panel.set_yscale("log")
     panel.legend(loc="best")
 
 

@@ -40,7 +40,7 @@ def test_the_table_has_losses_compute_and_likeness(
     assert picture.read_bytes().startswith(b"\x89PNG")
     first, second = (row.strip("|").split("|") for row in capsys.readouterr().out.splitlines()[2:])
     assert [cell.strip() for cell in first[:3]] == ["a=b", "2.8 (1.1)", "3, 61,440,000"]
-    assert [cell.strip() for cell in first[4:]] == ["4.000", "2.750 (2.500)", "0.9500 to 0.8500"]
+    assert [cell.strip() for cell in first[4:]] == ["4.000", "2.750 (2.500)", "5.0e-02 to 1.5e-01"]
     assert second[6].strip() == ""
     # Queries, keys, values and the projection back; the feed-forward's three matrices; the output layer.
     weights = 4 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 384) + 128 * 1024
