@@ -4,10 +4,8 @@ tensors is ever held, and several processes fill the files at once."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +16,7 @@ from torch import Tensor
 from megatron_moe.convert.safetensors_files import INDEX, SINGLE
 from megatron_moe.convert.safetensors_header import header_bytes
 from megatron_moe.convert.weights import Weight
+from megatron_moe.engine.worker_pool import worker_pool
 
 
 class TensorGroups(Protocol):
@@ -58,7 +57,7 @@ def write_safetensors(folder: Path, tensors: TensorGroups, shard_bytes: int, wor
     if len(parts) == 1:
         _fill(folder, tensors, parts[0], places)
     else:
-        with ProcessPoolExecutor(len(parts), multiprocessing.get_context("spawn")) as pool:
+        with worker_pool(len(parts)) as pool:
             for task in [pool.submit(_fill, folder, tensors, part, places) for part in parts]:
                 task.result()
     for name in names:

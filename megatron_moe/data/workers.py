@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from megatron_moe.config.errors import RunError
+from megatron_moe.engine.worker_pool import live_with_parent
 
 _BYTES_A_WORKER = 8 << 20
 """Input below this is not worth another process."""
@@ -56,19 +55,11 @@ _work: Callable[[Any], Any]
 
 
 def _start(work: Callable[[Any], Any]) -> None:
-    """Set up a worker process: it keeps its work, leaves Ctrl-C to its parent, and never outlives it."""
+    """Set up a worker process, which keeps its work."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    live_with_parent()
 
 
 def _run(piece: Any) -> Any:
     return _work(piece)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_moe.config.errors import InputError
 from megatron_moe.engine.weights import Weights, names_in, stacked_axes
+from megatron_moe.engine.worker_pool import worker_pool
 
 _COMMON = "common.pt"
 _FORMAT = {
@@ -42,7 +42,7 @@ _FORMAT = {
 
 
 _LARGE = 1 << 20
-"""Bytes from which on a piece that torch writes is the tensor itself, which stays; others are gone at once."""
+"""Bytes from which on a piece that torch writes is the tensor itself, which stays; others are gone soon."""
 
 
 @dataclass
@@ -82,8 +82,7 @@ def write(
     if len(shares) == 1:
         written = [_write_share(folder, 0, shaped[0], weights)]
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(len(shares), context) as pool:
+        with worker_pool(len(shares)) as pool:
             tasks = [
                 pool.submit(_write_share, folder, number, share, weights)
                 for number, share in enumerate(shaped)
