@@ -59,10 +59,11 @@ def open_model(path: str | Path) -> Model:
     if (folder / checkpoint_folders.MANIFEST).is_file():
         return _checkpoint(folder)
     if (folder / "checkpoints").is_dir():
-        newest = checkpoint_folders.newest(folder)
-        if newest is None:
+        checkpoints = checkpoint_folders.all_of(folder)
+        if not checkpoints:
             raise InputError(f"{folder}: this run has no complete checkpoint")
-        return _checkpoint(newest)
+        # Of a damaged newest one nobody would be told who was given the one before.
+        return _checkpoint(checkpoints[-1])
     if (folder / CONFIG).is_file():
         return _huggingface(folder)
     raise InputError(
@@ -147,7 +148,9 @@ def _huggingface(folder: Path) -> Model:
 
 def _checkpoint(folder: Path) -> Model:
     if fault := checkpoint_folders.fault(folder):
-        raise InputError(f"{folder}: this checkpoint is damaged: {fault}")
+        older = [path for path in checkpoint_folders.complete(folder.parent.parent) if path != folder]
+        remedy = f"; {older[-1]} is whole" if older else ""
+        raise InputError(f"{folder}: this checkpoint is damaged: {fault}{remedy}")
     if not (folder / RESOLVED).is_file():
         raise InputError(f"{folder}: lacks {RESOLVED}, which says what model this is")
     experiment = load(folder / RESOLVED).experiment

@@ -36,7 +36,7 @@ def made_aside(out: Path, needed_bytes: int = 0) -> Iterator[Path]:
             room = shutil.disk_usage(aside).free
             if room < needed_bytes:
                 raise RunError(
-                    f"{out}: needs {needed_bytes / 1e9:,.1f} GB, and {room / 1e9:,.1f} GB are free; make room"
+                    f"{out}: needs {needed_bytes / 1e6:,.1f} MB, and {room / 1e6:,.1f} MB are free; make room"
                 )
             ready = aside / "ready"
             ready.mkdir()

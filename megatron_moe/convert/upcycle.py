@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,21 @@ from megatron_moe.convert.upcycling_rules import Changes, advice
 from megatron_moe.convert.weights import Weights
 from megatron_moe.plan.costs.parameters import FORMULA, count_parameters, flops_per_token
 
+_OPTIONS = {
+    "moe.num_moe_experts": "--experts",
+    "moe.moe_router_topk": "--top-k",
+    "moe.moe_ffn_hidden_size": "--granularity",
+}
+"""Keys that options of the command decide."""
+
 
 def mixture_of(
     dense: Experiment, experts: int, granularity: int, top_k: int | None, overrides: Sequence[str]
 ) -> Experiment:
     """The experiment of the mixture: `experts` slices of 1 / granularity of each dense layer, of which a
     token passes `top_k`. Raises InputError."""
+    if problems := list(_misplaced(overrides)):
+        raise InputError(*problems)
     width = dense.model.ffn_hidden_size
     assert width is not None
     if width % granularity:
@@ -41,6 +50,14 @@ def mixture_of(
         "moe_ffn_hidden_size": width // granularity,
     }
     return with_experts(dense, [*(f"moe.{key}={value}" for key, value in settings.items()), *overrides])
+
+
+def _misplaced(overrides: Sequence[str]) -> Iterator[str]:
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if option := _OPTIONS.get(key):
+            yield f"override {key}: is what {option} says; leave it out"
+        elif key and not key.startswith("moe."):
+            yield f"override {key}: is no key of the mixture, such as moe.moe_layer_freq; leave it out"
 
 
 def upcycle_model(
@@ -115,6 +132,8 @@ def _first_step(after: Experiment, changes: Changes) -> str:
     assert moe is not None
     if changes.noise or changes.reinitialized:
         return "Its experts differ from the dense layers by what was drawn: so do its first logits."
+    if moe.moe_expert_capacity_factor is not None:
+        return "Its first logits are those of the dense model, but for tokens that are dropped."
     return "Its first logits are those of the dense model."
 
 

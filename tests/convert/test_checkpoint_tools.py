@@ -122,6 +122,14 @@ def test_parts_of_one_matrix_are_taken_out_of_a_hugging_face_folder(tmp_path: Pa
         (["upcycle", "{dense}", "{out}", "--experts", "4", "--granularity", "7"], "does not divide"),
         (["upcycle", "{dense}", "{out}", "--experts", "4", "--top-k", "5"], "moe.moe_router_topk"),
         (["upcycle", "{out}", "{out}", "--experts", "4"], "no such folder"),
+        (
+            ["upcycle", "{dense}", "{out}", "--experts", "4", "moe=null"],
+            "override moe: is no key of the mixture",
+        ),
+        (
+            ["upcycle", "{dense}", "{out}", "--experts", "4", "moe.num_moe_experts=8"],
+            "is what --experts says",
+        ),
         (["checkpoint", "dense", "{dense}", "{out}", "--mean"], "is a dense model already"),
         (["checkpoint", "dense", "{mixture}", "{out}", "--expert", "4"], "the experts 0 to 3"),
         (["checkpoint", "average", "{out}", "{dense}", "{mixture}"], "cannot be averaged"),
