@@ -47,9 +47,9 @@ def adapters_can_be_built(e: Experiment) -> Problems:
         text = f"cannot be added under model.spec {e.model.spec}, whose projections hold the norm before them"
         yield Problem((_LORA, "model.spec"), text, "set model.spec to native")
     if lora.rank > e.model.hidden_size:
-        keys = (f"{_LORA}.rank", "model.hidden_size")
-        text = f"is more than {keys[1]} ({e.model.hidden_size}), the rank of the whole matrix"
-        yield Problem(keys, text, "use less, such as 16, or train the model itself")
+        text = f"is more than model.hidden_size ({e.model.hidden_size}), the rank of the whole matrix"
+        remedy = "use less, such as 16, or train the model itself"
+        yield Problem((f"{_LORA}.rank", "model.hidden_size"), text, remedy)
     parts = set_value(e.parallel.expert_tensor_parallel_size)
     if "experts" in lora.targets and e.model.hidden_size % parts:
         keys = (_TARGETS, "model.hidden_size", ETP)
