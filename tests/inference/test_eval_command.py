@@ -107,6 +107,8 @@ def test_a_program_is_found_in_a_chat(folder: Path, tmp_path: Path) -> None:
     answer = "Sure! Here it is:\n```python\ndef half(x):\n    return x / 2\n```\nI hope that helps."
     assert asked.score(Answers([], [answer])).metrics["pass@1"].value == 1
     assert asked.score(Answers([], ["    return x / 2"])).metrics["pass@1"].value == 1
+    begun = "def half(x):\n    return x / 2\n```\nThat is half of it."
+    assert asked.score(Answers([], [begun])).metrics["pass@1"].value == 1
     assert asked.score(Answers([], ["I cannot."])).metrics["pass@1"].value == 0
 
 

@@ -86,5 +86,6 @@ class AskedPrograms:
 
     def _whole(self, record: Record, text: str) -> str:
         if self.is_chat and (found := re.search(self.task.extract, text, re.DOTALL)) is not None:
-            return self._in_chat.string(record, completion=found[1] if found.groups() else found[0])
+            part = next((group for group in found.groups() if group is not None), found[0])
+            return self._in_chat.string(record, completion=part)
         return self._program.string(record, completion=text)

@@ -98,8 +98,9 @@ class Programs(Task):
     """What is shown of few-shot records."""
     stop: list[Text] = Field(default_factory=lambda: ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"])
     """Texts before which a program ends; not with --chat."""
-    extract: str = r"```(?:[Pp]ython|py)?[^\n]*\n(.*?)(?:\n```|\Z)"
-    """With --chat: a regular expression of the program in an answer."""
+    extract: str = r"\A((?:from |import |def |class |@|[ \t]).*?)(?:\n```|\Z)|```[^\n]*\n(.*?)(?:\n```|\Z)"
+    """With --chat: a regular expression of the program in an answer, the first group that matched: an answer
+    that begins as a program, or its first block of code."""
     program_in_chat: str = "{{ prompt }}\n\n{{ completion }}\n{{ test }}\ncheck({{ entry_point }})"
     """With --chat: what is run, where the program was found in the answer."""
     max_new_tokens: PositiveCount = 512
