@@ -1,4 +1,4 @@
-"""Every experiment in configs/finetuning: it validates, fits its GPUs, and has the values that were published."""
+"""Every experiment in configs/finetuning validates, fits its GPUs, and has the published values."""
 
 from __future__ import annotations
 

@@ -12,7 +12,12 @@ pytestmark = pytest.mark.second_pair
 
 def test_norms_and_biases_are_not_decayed() -> None:
     setup = experiment(
-        model={"normalization": "LayerNorm", "megatron_core": {"add_bias_linear": True}},
+        model={
+            "normalization": "LayerNorm",
+            "mlp_bias": True,
+            "qkv_bias": True,
+            "attention_output_bias": True,
+        },
         optimizer={"lr": 1e-2, "weight_decay": 0.3},
     )
     decays = ranks(1).run(optimizer_on_ranks.decay_by_name, setup)[0]

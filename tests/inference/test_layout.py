@@ -29,7 +29,7 @@ PP = "parallel.pipeline_model_parallel_size"
 )
 def test_a_layout_that_cannot_be_is_told(overrides: list[str], problem: str) -> None:
     model = experiment(model={"num_attention_heads": 9, "num_query_groups": 3, "kv_channels": 4})
-    with pytest.raises(InputError, match=".*") as error:
+    with pytest.raises(InputError) as error:
         inference_experiment(model, overrides)
     assert problem in str(error.value)
 

@@ -13,9 +13,9 @@ import pytest
 from megatron_moe.cli import main
 from megatron_moe.config.errors import InputError
 from megatron_moe.config.loading import Loaded, load
+from megatron_moe.config.one_process import in_one_process
 from megatron_moe.engine.machine import Gpu, Machine
 from megatron_moe.launch import preflight
-from megatron_moe.config.one_process import in_one_process
 
 EXPERIMENT = """\
 name: small
