@@ -32,12 +32,14 @@ SMALL_PAGES = (32 << 20) // os.sysconf("SC_PAGE_SIZE")
 
 def faults_of_a_tensor(start: str, **environment: str) -> int:
     """Page faults of one of 32 MiB, in a process of its own, made and freed before."""
+    # What earlier tests of this process set is not the child's.
+    inherited = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     done = subprocess.run(
         [sys.executable, "-c", FAULTS_OF_LARGE_TENSORS.format(start=start)],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | environment,
+        env=inherited | environment,
     )
     return int(done.stdout)
 
