@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,17 @@ def test_commands_that_answer_at_once_load_nothing_heavy(arguments: list[str]) -
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """A package that only the tests bring would be missing where users install."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = [
+        *project["dependencies"],
+        *(line for name in extras if name != "dev" for line in extras[name]),
+    ]
+    packages = {re.split(r"[<>=\[]", line)[0].replace("megatron-core", "megatron") for line in declared}
+    used = {name.split(".")[0] for path in FILES for name in imported(path)}
+    own = {"megatron_moe", *sys.stdlib_module_names}
+    assert used - own <= {package.split(".")[0] for package in packages}

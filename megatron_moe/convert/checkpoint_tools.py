@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
+import shutil
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from torch import Tensor
 
-from megatron_moe.config.errors import InputError, RunError, not_written
+from megatron_moe.config.errors import InputError, not_written
 from megatron_moe.config.moe_layers import moe_layers
 from megatron_moe.config.schema import Experiment
 from megatron_moe.convert.checkpoint_output import write_checkpoint
 from megatron_moe.convert.importing import DTYPES
 from megatron_moe.convert.merging import Averaged, Cast, DenseOf, Renamed
 from megatron_moe.convert.models import Model, open_model
-from megatron_moe.convert.weights import Weights
+from megatron_moe.convert.safetensors_files import SINGLE
+from megatron_moe.convert.safetensors_writer import write_safetensors
+from megatron_moe.convert.weights import Weight, Weights
 from megatron_moe.plan.show.tables import console_of_tables, print_table
 from megatron_moe.plan.wording import plural
 
@@ -85,10 +88,23 @@ def rename(source: Path, out: Path, renames: Sequence[tuple[str, str]]) -> None:
     _write(out, model, Renamed(model.weights, renames), made={"renamed": [list(pair) for pair in renames]})
 
 
+class _Picked:
+    """Some weights under our names, one at a time."""
+
+    def __init__(self, weights: Weights, names: Sequence[str]) -> None:
+        self._weights, self._names = weights, names
+
+    def groups(self) -> Sequence[Mapping[str, Weight]]:
+        there = self._weights.inventory()
+        return [{name: there[name]} for name in self._names]
+
+    def make(self, number: int) -> Iterator[tuple[str, Tensor]]:
+        name = self._names[number]
+        yield name, self._weights.read(name)
+
+
 def extract(source: Path, out: Path, patterns: Sequence[str]) -> None:
     """Write the weights whose names a shell pattern matches to a safetensors file, as they are."""
-    from safetensors.torch import save_file
-
     if out.suffix != ".safetensors" or os.path.lexists(out):
         raise InputError(f"{out}: name a file that is not there, ending in .safetensors")
     weights = open_model(source).weights
@@ -100,16 +116,13 @@ def extract(source: Path, out: Path, patterns: Sequence[str]) -> None:
     aside = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()  # what keeps us from it is said by the system, and not by the library
-        save_file({name: weights.read(name).clone() for name in names}, aside)
-        os.rename(aside, out)
+        aside.mkdir(exist_ok=True)
+        write_safetensors(aside, _Picked(weights, names), shard_bytes=sys.maxsize, workers=1)
+        os.rename(aside / SINGLE, out)
     except OSError as error:
         raise not_written(f"{out}: cannot be written", error) from error
-    except SafetensorError as error:
-        raise RunError(f"{out}: cannot be written: {error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"{out}: {plural(len(names), 'weight')}, {out.stat().st_size / 1e6:,.1f} MB")
 
 
