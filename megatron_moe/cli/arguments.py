@@ -44,6 +44,26 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """What is run, laid out how, and in which precision."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=Path, help="folder of a model, a checkpoint or a run")
+    add(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="its layout, for example parallel.tensor_model_parallel_size=2",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp8"),
+        default="auto",
+        help="of weights and products (default: bf16 on a GPU, else fp32); fp8: linear layers and experts in "
+        "memory",
+    )
+
+
 def positive_int(text: str) -> int:
     try:
         number = int(text)

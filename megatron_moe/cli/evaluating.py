@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from megatron_moe.cli.arguments import PROGRAM, Commands, command, positive_float, positive_int
+from megatron_moe.cli.arguments import PROGRAM, Commands, add_model, command, positive_float, positive_int
 
 _OVERRIDE = re.compile(r"(parallel|pipeline)\.[\w.]+=")
 
@@ -24,24 +24,10 @@ def add_eval(commands: Commands) -> None:
         f"{PROGRAM} eval runs/quickstart --text data/held_out.jsonl --task configs/tasks/gsm8k.yaml",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="folder of a model, a checkpoint or a run")
-    add(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        default=[],
-        help="its layout, for example parallel.tensor_model_parallel_size=2",
-    )
+    add_model(parser)
     _add_text(parser)
     _add_tasks(parser)
     add("--limit", metavar="N", type=positive_int, help="only the first N records or documents of each")
-    add(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp8"),
-        default="auto",
-        help="of weights and products (default: bf16 on a GPU, else fp32); fp8: linear layers and experts in "
-        "memory",
-    )
     add("--batch", metavar="N", type=positive_int, default=8, help="texts to generate at once (default: 8)")
     add("--output", metavar="FILE", type=Path, help="write the results as JSON to this file, too")
     add("--json", action="store_true", help="print them as JSON, and nothing else")

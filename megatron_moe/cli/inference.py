@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_moe.cli.arguments import PROGRAM, Commands, command, positive_int
+from megatron_moe.cli.arguments import PROGRAM, Commands, add_model, command, positive_int
 
 
 def add_generate(commands: Commands) -> None:
@@ -21,23 +21,9 @@ def add_generate(commands: Commands) -> None:
         f'{PROGRAM} generate runs/quickstart --prompt "O Romeo" --max-new-tokens 100',
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", type=Path, help="folder of a model, a checkpoint or a run")
-    add(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        default=[],
-        help="its layout, for example parallel.tensor_model_parallel_size=2",
-    )
+    add_model(parser)
     _add_prompts(parser)
     _add_choice(parser)
-    add(
-        "--dtype",
-        choices=("auto", "fp32", "bf16", "fp8"),
-        default="auto",
-        help="of weights and products (default: bf16 on a GPU, else fp32); fp8: linear layers and experts in "
-        "memory",
-    )
     add(
         "--logit-error", action="store_true", help="with --dtype fp8, say what it does to the prompts' logits"
     )
